@@ -1,0 +1,122 @@
+//! Hand-written CPU kernels for Burn's `flex` backend: rayon over rows, SIMD by run-time detection.
+
+mod adam;
+mod attention;
+mod rowwise;
+mod simd;
+mod sparse;
+mod top_k;
+
+use burn::backend::Flex;
+use burn::backend::ops::IntTensorOps;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{DType, IntDType, TensorData};
+
+use crate::ops::{AdamConfig, KernelOps};
+
+type Float = FloatTensor<Flex>;
+type Int = IntTensor<Flex>;
+
+impl KernelOps for Flex {
+    fn top_k(x: Float, k: usize) -> (Float, Int) {
+        top_k::top_k(x, k)
+    }
+
+    fn top_k_encode(x: Float, w: Float, bias: Float, scale: Float, k: usize) -> (Float, Int) {
+        top_k::top_k_encode(x, w, bias, scale, k)
+    }
+
+    fn sparse_decode(indices: Int, values: Float, rows: Float) -> Float {
+        sparse::decode(indices, values, rows)
+    }
+
+    fn sparse_decode_grad_values(indices: Int, rows: Float, grad: Float) -> Float {
+        sparse::grad_values(indices, rows, grad)
+    }
+
+    fn sparse_decode_grad_rows(indices: Int, values: Float, grad: Float, m: usize) -> Float {
+        sparse::grad_rows(indices, values, grad, m)
+    }
+
+    fn sparse_sum(indices: Int, values: Float, m: usize) -> Float {
+        sparse::sum(indices, values, m)
+    }
+
+    fn rms_norm(x: Float, gain: Float, epsilon: f64) -> Float {
+        rowwise::rms_norm(x, gain, epsilon)
+    }
+
+    fn silu_mul(gate: Float, up: Float) -> Float {
+        rowwise::silu_mul(gate, up)
+    }
+
+    fn rotary(x: Float, cos: Float, sin: Float) -> Float {
+        rowwise::rotary(x, cos, sin)
+    }
+
+    fn attention(
+        q: Float,
+        prefix_k: Float,
+        prefix_v: Float,
+        k: Float,
+        v: Float,
+        first_column: Int,
+        scale: f64,
+    ) -> Float {
+        attention::attention(q, (prefix_k, prefix_v), (k, v), first_column, scale)
+    }
+
+    fn adam_step(
+        parameter: Float,
+        gradient: Float,
+        first: Float,
+        second: Float,
+        step: usize,
+        config: AdamConfig,
+    ) -> (Float, Float, Float) {
+        adam::step(parameter, gradient, first, second, step, &config)
+    }
+}
+
+/// A tensor whose storage is its elements in row-major order and nothing else.
+fn packed(tensor: Float) -> Float {
+    let n_bytes = tensor.layout().num_elements() * tensor.dtype().size();
+    let whole = tensor.is_contiguous()
+        && tensor.layout().start_offset() == 0
+        && tensor.bytes().len() == n_bytes;
+    if whole {
+        tensor
+    } else {
+        tensor.to_contiguous()
+    }
+}
+
+fn floats(tensor: &Float) -> &[f32] {
+    assert_eq!(
+        tensor.dtype(),
+        DType::F32,
+        "the CPU kernels work on f32 tensors"
+    );
+    let slice = tensor.as_slice::<f32>();
+    &slice.expect("packed tensors are contiguous")[..tensor.layout().num_elements()]
+}
+
+fn packed_ints(tensor: Int) -> Int {
+    match tensor.dtype() {
+        DType::I32 => packed(tensor),
+        _ => packed(Flex::int_cast(tensor, IntDType::I32)),
+    }
+}
+
+fn ints(tensor: &Int) -> &[i32] {
+    let slice = tensor.as_slice::<i32>();
+    &slice.expect("packed integer tensors are contiguous")[..tensor.layout().num_elements()]
+}
+
+fn new_floats<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Float {
+    Float::from_data(TensorData::new(values, shape))
+}
+
+fn new_ints<const D: usize>(values: Vec<i32>, shape: [usize; D]) -> Int {
+    Int::from_data(TensorData::new(values, shape))
+}

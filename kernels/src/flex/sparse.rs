@@ -1,0 +1,111 @@
+//! Products of a sparse matrix (`k` entries a row) with a dense one, and their gradients.
+
+use rayon::prelude::*;
+
+use super::simd::{add_scaled, dot, multiversion};
+use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
+use crate::ops::dims;
+
+pub(super) fn decode(indices: Int, values: Float, rows: Float) -> Float {
+    let ([n, k], [m, d]) = (dims(&values), dims(&rows));
+    let (indices, values, rows) = (packed_ints(indices), packed(values), packed(rows));
+    let (indices, values, rows) = (checked(&indices, m), floats(&values), floats(&rows));
+    let mut out = vec![0f32; n * d];
+    out.par_chunks_mut(d)
+        .zip(indices.par_chunks(k).zip(values.par_chunks(k)))
+        .for_each(|(out, (indices, values))| decode_row(out, indices, values, rows));
+    new_floats(out, [n, d])
+}
+
+pub(super) fn grad_values(indices: Int, rows: Float, grad: Float) -> Float {
+    let ([n, d], [m, _], [_, k]) = (dims(&grad), dims::<2>(&rows), dims::<2>(&indices));
+    let (indices, rows, grad) = (packed_ints(indices), packed(rows), packed(grad));
+    let (indices, rows, grad) = (checked(&indices, m), floats(&rows), floats(&grad));
+    let mut out = vec![0f32; n * k];
+    out.par_chunks_mut(k)
+        .zip(indices.par_chunks(k).zip(grad.par_chunks(d)))
+        .for_each(|(out, (indices, grad))| dot_rows(out, indices, grad, rows));
+    new_floats(out, [n, k])
+}
+
+/// Latent-major: the entries are sorted by index first, so that each row of the result has one
+/// owner. No atomics, the same sum in the same order on any number of threads.
+pub(super) fn grad_rows(indices: Int, values: Float, grad: Float, m: usize) -> Float {
+    let ([_, d], [_, k]) = (dims::<2>(&grad), dims::<2>(&values));
+    let (indices, values, grad) = (packed_ints(indices), packed(values), packed(grad));
+    let (indices, values, grad) = (checked(&indices, m), floats(&values), floats(&grad));
+    let (starts, entries) = by_index(indices, values, k, m);
+    let mut out = vec![0f32; m * d];
+    out.par_chunks_mut(d).enumerate().for_each(|(index, out)| {
+        add_rows(out, &entries[starts[index]..starts[index + 1]], grad);
+    });
+    new_floats(out, [m, d])
+}
+
+pub(super) fn sum(indices: Int, values: Float, m: usize) -> Float {
+    let (indices, values) = (packed_ints(indices), packed(values));
+    let mut out = vec![0f32; m];
+    for (&index, &value) in checked(&indices, m).iter().zip(floats(&values)) {
+        out[index as usize] += value;
+    }
+    new_floats(out, [m])
+}
+
+/// Indices from outside must not reach past the table.
+fn checked(indices: &Int, m: usize) -> &[i32] {
+    let indices = ints(indices);
+    if let Some(bad) = indices.iter().find(|&&i| i < 0 || i as usize >= m) {
+        panic!("sparse index {bad} is out of range for {m} rows");
+    }
+    indices
+}
+
+/// A counting sort: `entries[starts[l]..starts[l + 1]]` are the (row, value) pairs of index `l`.
+fn by_index(indices: &[i32], values: &[f32], k: usize, m: usize) -> (Vec<usize>, Vec<(u32, f32)>) {
+    let mut starts = vec![0usize; m + 1];
+    for &index in indices {
+        starts[index as usize + 1] += 1;
+    }
+    for index in 0..m {
+        starts[index + 1] += starts[index];
+    }
+    let mut next = starts.clone();
+    let mut entries = vec![(0u32, 0f32); indices.len()];
+    for (position, (&index, &value)) in indices.iter().zip(values).enumerate() {
+        let slot = &mut next[index as usize];
+        entries[*slot] = ((position / k) as u32, value);
+        *slot += 1;
+    }
+    (starts, entries)
+}
+
+multiversion! {
+    fn decode_row(out: &mut [f32], indices: &[i32], values: &[f32], rows: &[f32]) {
+        let d = out.len();
+        for (&index, &value) in indices.iter().zip(values) {
+            if value != 0.0 {
+                add_scaled(out, value, &rows[index as usize * d..][..d]);
+            }
+        }
+    }
+}
+
+multiversion! {
+    fn dot_rows(out: &mut [f32], indices: &[i32], grad: &[f32], rows: &[f32]) {
+        let d = grad.len();
+        for (out, &index) in out.iter_mut().zip(indices) {
+            *out = dot(grad, &rows[index as usize * d..][..d]);
+        }
+    }
+}
+
+multiversion! {
+    fn add_rows(out: &mut [f32], entries: &[(u32, f32)], grad: &[f32]) {
+        let d = out.len();
+        for &(row, value) in entries {
+            if value != 0.0 {
+                add_scaled(out, value, &grad[row as usize * d..][..d]);
+            }
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Fused tensor operations with plain defaults and gradients.
+//!
+//! The only crate of the workspace that knows a backend. Every operation has a plain default made
+//! of Burn's own operations, which serves as the oracle in tests and as the implementation on any
+//! backend without a kernel of its own; the `flex` backend (CPU) has hand-written ones. Nothing
+//! here knows what a sparse autoencoder or a transformer is for.
+//!
+//! | operation | gradient |
+//! |---|---|
+//! | [`top_k`] | none: the values are cut from the graph |
+//! | [`top_k_encode`] | sparse, at the selected entries |
+//! | [`sparse_decode`] | sparse, latent-major for the rows |
+//! | [`rms_norm`], [`silu_mul`], [`rotary`], [`attention`] | through the plain default |
+//! | [`adam_step`] | none |
+
+mod autodiff;
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(feature = "ndarray")]
+mod ndarray;
+mod ops;
+
+pub use ops::{AdamConfig, KernelOps};
+
+use burn::backend::Dispatch;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+/// The `k` largest entries of every row, largest first; ties go to the lowest index.
+///
+/// NaN counts as the smallest value. The values carry no gradient.
+///
+/// # Shapes
+/// `x`: `[n, m]`; both results: `[n, k]`.
+///
+/// # Panics
+/// If `k` is zero or above `m`.
+pub fn top_k(x: Tensor<2>, k: usize) -> (Tensor<2>, Tensor<2, Int>) {
+    let [_, m] = x.dims();
+    assert!(0 < k && k <= m, "top_k: k = {k} is not in 1..={m}");
+    let (values, indices) = Dispatch::top_k(x.into_dispatch(), k);
+    (
+        Tensor::from_dispatch(values),
+        Tensor::from_dispatch(indices),
+    )
+}
+
+/// `relu(p)` at the `k` largest entries of `p ⊙ scale` per row, where `p = x·w + bias`.
+///
+/// The encoder of a TopK sparse autoencoder, fused: the pre-activations `[n, m]` are produced and
+/// consumed tile by tile and never stored whole. `scale` only ranks (decoder norms, usually);
+/// the values are those of `p`. The gradient reaches `x`, `w` and `bias` through the selected
+/// entries; `scale` gets none.
+///
+/// # Shapes
+/// `x`: `[n, d]`, `w`: `[d, m]`, `bias` and `scale`: `[m]`; both results: `[n, k]`.
+///
+/// # Panics
+/// If a shape does not fit, or `k` is zero or above `m`.
+pub fn top_k_encode(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    bias: Tensor<1>,
+    scale: Tensor<1>,
+    k: usize,
+) -> (Tensor<2>, Tensor<2, Int>) {
+    let ([_, d], [w_rows, m]) = (x.dims(), w.dims());
+    assert_eq!(
+        d, w_rows,
+        "top_k_encode: x has {d} columns, w {w_rows} rows"
+    );
+    assert_eq!(bias.dims(), [m], "top_k_encode: bias does not fit w");
+    assert_eq!(scale.dims(), [m], "top_k_encode: scale does not fit w");
+    assert!(0 < k && k <= m, "top_k_encode: k = {k} is not in 1..={m}");
+    let (values, indices) = Dispatch::top_k_encode(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        bias.into_dispatch(),
+        scale.into_dispatch(),
+        k,
+    );
+    (
+        Tensor::from_dispatch(values),
+        Tensor::from_dispatch(indices),
+    )
+}
+
+/// `out[i] = Σ_j values[i, j] · rows[indices[i, j]]`: a sparse matrix times a dense one.
+///
+/// # Shapes
+/// `indices` and `values`: `[n, k]`, `rows`: `[m, d]`; result: `[n, d]`.
+///
+/// # Panics
+/// If the shapes of `indices` and `values` differ, or (on CPU) an index is not below `m`.
+pub fn sparse_decode(indices: Tensor<2, Int>, values: Tensor<2>, rows: Tensor<2>) -> Tensor<2> {
+    assert_eq!(
+        indices.dims(),
+        values.dims(),
+        "sparse_decode: indices and values differ in shape"
+    );
+    Tensor::from_dispatch(Dispatch::sparse_decode(
+        indices.into_dispatch(),
+        values.into_dispatch(),
+        rows.into_dispatch(),
+    ))
+}
+
+/// `x / sqrt(mean(x²) + epsilon) ⊙ gain` over the last axis (Zhang & Sennrich, 2019).
+///
+/// # Shapes
+/// `x`: `[n, d]`, `gain`: `[d]`; result: `[n, d]`.
+///
+/// # Panics
+/// If `gain` does not fit `x`.
+pub fn rms_norm(x: Tensor<2>, gain: Tensor<1>, epsilon: f64) -> Tensor<2> {
+    let [_, d] = x.dims();
+    assert_eq!(gain.dims(), [d], "rms_norm: gain does not fit x");
+    Tensor::from_dispatch(Dispatch::rms_norm(
+        x.into_dispatch(),
+        gain.into_dispatch(),
+        epsilon,
+    ))
+}
+
+/// `silu(gate) ⊙ up`, with `silu(a) = a / (1 + e^−a)`: the gate of a Llama MLP.
+///
+/// # Shapes
+/// `gate`, `up` and the result: `[n, m]`.
+///
+/// # Panics
+/// If the shapes differ.
+pub fn silu_mul(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    assert_eq!(gate.dims(), up.dims(), "silu_mul: gate and up differ");
+    Tensor::from_dispatch(Dispatch::silu_mul(gate.into_dispatch(), up.into_dispatch()))
+}
+
+/// Rotary position embedding of half-split pairs `(i, i + d_head / 2)` (Llama, NeoX).
+///
+/// # Shapes
+/// `x`: `[batch, pos, head, d_head]`, `cos` and `sin`: `[batch, pos, d_head / 2]`.
+///
+/// # Panics
+/// If `d_head` is odd or a table does not fit.
+pub fn rotary(x: Tensor<4>, cos: Tensor<3>, sin: Tensor<3>) -> Tensor<4> {
+    let [batch, pos, _, d_head] = x.dims();
+    assert_eq!(d_head % 2, 0, "rotary: d_head {d_head} is odd");
+    let table = [batch, pos, d_head / 2];
+    assert_eq!(cos.dims(), table, "rotary: cos does not fit x");
+    assert_eq!(sin.dims(), table, "rotary: sin does not fit x");
+    Tensor::from_dispatch(Dispatch::rotary(
+        x.into_dispatch(),
+        cos.into_dispatch(),
+        sin.into_dispatch(),
+    ))
+}
+
+/// Keys and values in the two parts that [`attention`] reads.
+///
+/// `prefix` is shared by all rows of the batch (a prompt run once); `own` belongs to each row.
+#[derive(Debug, Clone)]
+pub struct KeyValues {
+    /// Keys and values `[1, prefix, kv_head, d_head]` that every row attends to, if any.
+    pub prefix: Option<(Tensor<4>, Tensor<4>)>,
+    /// Keys and values `[batch, own, kv_head, d_head]`; the last columns are the queries' own.
+    pub own: (Tensor<4>, Tensor<4>),
+}
+
+/// Causal grouped-query attention over a shared prefix and each row's own columns.
+///
+/// Query `i` of `n` stands at own column `own − n + i`. It sees the whole prefix and those own
+/// columns `c` of its row with `first_column[row] ≤ c ≤` its own column: columns before
+/// `first_column` are left padding. A query that sees nothing (itself padding) gives zero.
+///
+/// # Shapes
+/// `q`: `[batch, n, head, d_head]`, `first_column`: `[batch]`; result: as `q`.
+///
+/// # Panics
+/// If a shape does not fit.
+pub fn attention(
+    q: Tensor<4>,
+    key_values: KeyValues,
+    first_column: Tensor<1, Int>,
+    scale: f64,
+) -> Tensor<4> {
+    let [batch, n, n_heads, d_head] = q.dims();
+    let (k, v) = key_values.own;
+    let [_, own, n_kv_heads, _] = k.dims();
+    assert_eq!(
+        k.dims(),
+        [batch, own, n_kv_heads, d_head],
+        "attention: keys"
+    );
+    assert_eq!(v.dims(), k.dims(), "attention: values do not fit the keys");
+    assert_eq!(first_column.dims(), [batch], "attention: first_column");
+    assert_eq!(
+        n_heads % n_kv_heads,
+        0,
+        "attention: {n_heads} heads over {n_kv_heads} key heads"
+    );
+    assert!(n <= own, "attention: {n} queries but {own} own columns");
+    let (prefix_k, prefix_v) = key_values.prefix.unwrap_or_else(|| {
+        let empty = || empty_prefix(n_kv_heads, d_head, &q.device());
+        (empty(), empty())
+    });
+    assert_eq!(prefix_k.dims(), prefix_v.dims(), "attention: prefix values");
+    Tensor::from_dispatch(Dispatch::attention(
+        q.into_dispatch(),
+        prefix_k.into_dispatch(),
+        prefix_v.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        first_column.into_dispatch(),
+        scale,
+    ))
+}
+
+fn empty_prefix(n_kv_heads: usize, d_head: usize, device: &Device) -> Tensor<4> {
+    let data = TensorData::new(Vec::<f32>::new(), [1, 0, n_kv_heads, d_head]);
+    Tensor::from_data(data, device)
+}
+
+/// A parameter with the moments of Adam (Kingma & Ba, 2015).
+#[derive(Debug, Clone)]
+pub struct AdamState {
+    /// First moment, as the parameter.
+    pub first: Tensor<2>,
+    /// Second moment, as the parameter.
+    pub second: Tensor<2>,
+}
+
+/// One step of Adam in a single pass; `step` counts from 1. Works in place where it can.
+///
+/// # Shapes
+/// All of them `[n, m]`.
+///
+/// # Panics
+/// If the shapes differ or `step` is zero.
+pub fn adam_step(
+    parameter: Tensor<2>,
+    gradient: Tensor<2>,
+    state: AdamState,
+    step: usize,
+    config: AdamConfig,
+) -> (Tensor<2>, AdamState) {
+    assert_eq!(parameter.dims(), gradient.dims(), "adam_step: gradient");
+    assert_eq!(parameter.dims(), state.first.dims(), "adam_step: moments");
+    assert_eq!(parameter.dims(), state.second.dims(), "adam_step: moments");
+    assert!(step > 0, "adam_step: steps count from 1");
+    let (parameter, first, second) = Dispatch::adam_step(
+        parameter.into_dispatch(),
+        gradient.into_dispatch(),
+        state.first.into_dispatch(),
+        state.second.into_dispatch(),
+        step,
+        config,
+    );
+    (
+        Tensor::from_dispatch(parameter),
+        AdamState {
+            first: Tensor::from_dispatch(first),
+            second: Tensor::from_dispatch(second),
+        },
+    )
+}

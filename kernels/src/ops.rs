@@ -1,0 +1,311 @@
+//! The operations as backends see them, with their plain defaults.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, TensorMetadata, backend_extension, get_or_init_device_settings};
+use burn::tensor::{IndexingUpdateOp, Shape};
+
+/// The constants of an Adam step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamConfig {
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta_1: f64,
+    /// Decay of the second moment.
+    pub beta_2: f64,
+    /// Added to the root of the second moment (PyTorch's place for it, and its 1e-8).
+    pub epsilon: f64,
+}
+
+impl AdamConfig {
+    /// The usual constants: betas 0.9 and 0.999, epsilon 1e-8.
+    pub fn new(learning_rate: f64) -> Self {
+        Self {
+            learning_rate,
+            beta_1: 0.9,
+            beta_2: 0.999,
+            epsilon: 1e-8,
+        }
+    }
+}
+
+/// The operations of this crate on a backend's own tensors; see the functions of the crate root
+/// for what each computes. A backend that overrides nothing runs the plain defaults.
+#[allow(missing_docs)]
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Autodiff,
+)]
+pub trait KernelOps: Backend {
+    fn top_k(x: FloatTensor<Self>, k: usize) -> (FloatTensor<Self>, IntTensor<Self>) {
+        let int = get_or_init_device_settings::<Self>(&x.device()).int_dtype;
+        // NaN ranks last: comparisons with NaN differ between backends' sorts.
+        let nan = Self::float_is_nan(
+            x.clone(),
+            get_or_init_device_settings::<Self>(&x.device()).bool_dtype,
+        );
+        let x = Self::float_mask_fill(x, nan, f32::NEG_INFINITY.into());
+        // A stable descending sort of indices keeps the lowest index first among equals.
+        let (sorted, indices) = Self::float_sort_with_indices(x, 1, true, int);
+        let head = [all(), burn::tensor::Slice::new(0, Some(k as isize), 1)];
+        (
+            Self::float_slice(sorted, &head),
+            Self::int_slice(indices, &head),
+        )
+    }
+
+    fn top_k_encode(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        k: usize,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        let m = bias.shape()[0];
+        let row = |t| Self::float_reshape(t, Shape::new([1, m]));
+        let pre = Self::float_add(Self::float_matmul(x, w), row(bias));
+        let (_, indices) = Self::top_k(Self::float_mul(pre.clone(), row(scale)), k);
+        let values = Self::float_gather(1, pre, indices.clone());
+        (Self::relu(values), indices)
+    }
+
+    fn sparse_decode(
+        indices: IntTensor<Self>,
+        values: FloatTensor<Self>,
+        rows: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let ([n, k], d) = (dims(&values), rows.shape()[1]);
+        let gathered = gather_rows::<Self>(rows, indices);
+        let values = Self::float_reshape(values, Shape::new([n, 1, k]));
+        Self::float_reshape(Self::float_matmul(values, gathered), Shape::new([n, d]))
+    }
+
+    /// Gradient of [`sparse_decode`](Self::sparse_decode) for the values:
+    /// `⟨grad[i], rows[indices[i, j]]⟩`.
+    fn sparse_decode_grad_values(
+        indices: IntTensor<Self>,
+        rows: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let ([n, d], k) = (dims(&grad), indices.shape()[1]);
+        let gathered = gather_rows::<Self>(rows, indices);
+        let grad = Self::float_reshape(grad, Shape::new([n, d, 1]));
+        Self::float_reshape(Self::float_matmul(gathered, grad), Shape::new([n, k]))
+    }
+
+    /// Gradient of [`sparse_decode`](Self::sparse_decode) for the rows: `out[l] = Σ values[i, j] ·
+    /// grad[i]` over the entries with `indices[i, j] = l`, for `l` below `m`.
+    fn sparse_decode_grad_rows(
+        indices: IntTensor<Self>,
+        values: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: usize,
+    ) -> FloatTensor<Self> {
+        let ([n, d], k) = (dims(&grad), indices.shape()[1]);
+        let (device, dtype) = (grad.device(), grad.dtype());
+        let outer = Self::float_matmul(
+            Self::float_reshape(values, Shape::new([n, k, 1])),
+            Self::float_reshape(grad, Shape::new([n, 1, d])),
+        );
+        Self::float_select_assign(
+            Self::float_zeros(Shape::new([m, d]), &device, dtype.into()),
+            0,
+            Self::int_reshape(indices, Shape::new([n * k])),
+            Self::float_reshape(outer, Shape::new([n * k, d])),
+            IndexingUpdateOp::Add,
+        )
+    }
+
+    /// `out[l] = Σ values[i, j]` over the entries with `indices[i, j] = l`, for `l` below `m`.
+    fn sparse_sum(
+        indices: IntTensor<Self>,
+        values: FloatTensor<Self>,
+        m: usize,
+    ) -> FloatTensor<Self> {
+        let n_entries = values.shape().num_elements();
+        let (device, dtype) = (values.device(), values.dtype());
+        Self::float_select_assign(
+            Self::float_zeros(Shape::new([m]), &device, dtype.into()),
+            0,
+            Self::int_reshape(indices, Shape::new([n_entries])),
+            Self::float_reshape(values, Shape::new([n_entries])),
+            IndexingUpdateOp::Add,
+        )
+    }
+
+    fn rms_norm(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f64) -> FloatTensor<Self> {
+        let d = x.shape()[1];
+        let square = Self::float_mul(x.clone(), x.clone());
+        let mean = Self::float_mean_dim(square, 1);
+        let scale = Self::float_sqrt(Self::float_add_scalar(mean, epsilon.into()));
+        let gain = Self::float_reshape(gain, Shape::new([1, d]));
+        Self::float_mul(Self::float_div(x, scale), gain)
+    }
+
+    fn silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let silu = Self::float_mul(gate.clone(), Self::sigmoid(gate));
+        Self::float_mul(silu, up)
+    }
+
+    fn rotary(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [batch, pos, _, d_head]: [usize; 4] = dims(&x);
+        let half = d_head / 2;
+        let table = |t| Self::float_reshape(t, Shape::new([batch, pos, 1, half]));
+        let (cos, sin) = (table(cos), table(sin));
+        let part = |from: usize, to: usize| {
+            let slice = burn::tensor::Slice::new(from as isize, Some(to as isize), 1);
+            Self::float_slice(x.clone(), &[all(), all(), all(), slice])
+        };
+        let (a, b) = (part(0, half), part(half, d_head));
+        let first = Self::float_sub(
+            Self::float_mul(a.clone(), cos.clone()),
+            Self::float_mul(b.clone(), sin.clone()),
+        );
+        let second = Self::float_add(Self::float_mul(b, cos), Self::float_mul(a, sin));
+        Self::float_cat(vec![first, second], 3)
+    }
+
+    fn attention(
+        q: FloatTensor<Self>,
+        prefix_k: FloatTensor<Self>,
+        prefix_v: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        first_column: IntTensor<Self>,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        let [batch, n, n_heads, d_head]: [usize; 4] = dims(&q);
+        let [_, prefix, n_kv_heads, _]: [usize; 4] = dims(&prefix_k);
+        let [_, own, _, _]: [usize; 4] = dims(&k);
+        let (group, total) = (n_heads / n_kv_heads, prefix + own);
+        let device = q.device();
+        let settings = get_or_init_device_settings::<Self>(&device);
+
+        // [batch, kv_head, group · n, d_head] against [batch, kv_head, total, d_head].
+        let joined = |shared: FloatTensor<Self>, own: FloatTensor<Self>| {
+            let all = match prefix {
+                0 => own,
+                _ => {
+                    let shape = Shape::new([batch, prefix, n_kv_heads, d_head]);
+                    Self::float_cat(vec![Self::float_expand(shared, shape), own], 1)
+                }
+            };
+            Self::float_swap_dims(all, 1, 2)
+        };
+        let (k, v) = (joined(prefix_k, k), joined(prefix_v, v));
+        let q = Self::float_reshape(q, Shape::new([batch, n, n_kv_heads, group, d_head]));
+        let q = Self::float_permute(q, &[0, 2, 3, 1, 4]);
+        let q = Self::float_reshape(q, Shape::new([batch, n_kv_heads, group * n, d_head]));
+        let scores = Self::float_matmul(q, Self::float_swap_dims(k, 2, 3));
+        let scores = Self::float_mul_scalar(scores, scale.into());
+        let scores = Self::float_reshape(scores, Shape::new([batch, n_kv_heads, group, n, total]));
+
+        // hidden[b, 0, 0, i, c]: the column is padding, or comes after the query.
+        let int = settings.int_dtype;
+        let bool_dtype = settings.bool_dtype;
+        let column = Self::int_reshape(
+            Self::int_arange(0..total as i64, &device, int),
+            Shape::new([1, 1, 1, 1, total]),
+        );
+        let query = Self::int_reshape(
+            Self::int_arange((total - n) as i64..total as i64, &device, int),
+            Shape::new([1, 1, 1, n, 1]),
+        );
+        let first = Self::int_reshape(
+            Self::int_cast(first_column, int),
+            Shape::new([batch, 1, 1, 1, 1]),
+        );
+        let first = Self::int_add_scalar(first, (prefix as i64).into());
+        let shape = Shape::new([batch, n_kv_heads, group, n, total]);
+        let expand = |t| Self::int_expand(t, shape.clone());
+        let column = expand(column);
+        let after = Self::int_greater(column.clone(), expand(query), bool_dtype);
+        let padding = Self::bool_and(
+            Self::int_lower(column.clone(), expand(first), bool_dtype),
+            Self::int_greater_equal_elem(column, (prefix as i64).into(), bool_dtype),
+        );
+        let hidden = Self::bool_or(after, padding);
+
+        // A finite fill keeps rows that see nothing free of NaN; the second fill zeroes them.
+        let scores = Self::float_mask_fill(scores, hidden.clone(), (-1e30f32).into());
+        let pattern = softmax::<Self>(scores, 4);
+        let pattern = Self::float_mask_fill(pattern, hidden, 0f32.into());
+        let pattern =
+            Self::float_reshape(pattern, Shape::new([batch, n_kv_heads, group * n, total]));
+        let z = Self::float_matmul(pattern, v);
+        let z = Self::float_reshape(z, Shape::new([batch, n_kv_heads, group, n, d_head]));
+        let z = Self::float_permute(z, &[0, 3, 1, 2, 4]);
+        Self::float_reshape(z, Shape::new([batch, n, n_heads, d_head]))
+    }
+
+    fn adam_step(
+        parameter: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: usize,
+        config: AdamConfig,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let AdamConfig {
+            learning_rate,
+            beta_1,
+            beta_2,
+            epsilon,
+        } = config;
+        let blend = |old, new, beta: f64| {
+            Self::float_add(
+                Self::float_mul_scalar(old, beta.into()),
+                Self::float_mul_scalar(new, (1.0 - beta).into()),
+            )
+        };
+        let first = blend(first, gradient.clone(), beta_1);
+        let second = blend(second, Self::float_mul(gradient.clone(), gradient), beta_2);
+        let (correction_1, correction_2) = bias_corrections(&config, step);
+        let root = Self::float_sqrt(Self::float_mul_scalar(
+            second.clone(),
+            (1.0 / correction_2).into(),
+        ));
+        let update = Self::float_div(
+            Self::float_mul_scalar(first.clone(), (learning_rate / correction_1).into()),
+            Self::float_add_scalar(root, epsilon.into()),
+        );
+        (Self::float_sub(parameter, update), first, second)
+    }
+}
+
+/// `1 − β₁ᵗ` and `1 − β₂ᵗ`.
+pub(crate) fn bias_corrections(config: &AdamConfig, step: usize) -> (f64, f64) {
+    let step = step as f64;
+    (
+        1.0 - config.beta_1.powf(step),
+        1.0 - config.beta_2.powf(step),
+    )
+}
+
+pub(crate) fn dims<const D: usize>(tensor: &impl TensorMetadata) -> [usize; D] {
+    let shape = tensor.shape();
+    std::array::from_fn(|axis| shape[axis])
+}
+
+fn all() -> burn::tensor::Slice {
+    burn::tensor::Slice::full()
+}
+
+/// `rows[indices]` as `[n, k, d]`.
+fn gather_rows<B: Backend>(rows: FloatTensor<B>, indices: IntTensor<B>) -> FloatTensor<B> {
+    let ([n, k], d) = (dims(&indices), rows.shape()[1]);
+    let flat = B::int_reshape(indices, Shape::new([n * k]));
+    B::float_reshape(B::float_select(rows, 0, flat), Shape::new([n, k, d]))
+}
+
+fn softmax<B: Backend>(scores: FloatTensor<B>, dim: usize) -> FloatTensor<B> {
+    let max = B::float_detach(B::float_max_dim(scores.clone(), dim));
+    let exp = B::float_exp(B::float_sub(scores, max));
+    let sum = B::float_sum_dim(exp.clone(), dim);
+    B::float_div(exp, sum)
+}
