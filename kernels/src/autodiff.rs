@@ -21,7 +21,7 @@ impl<B: Backend + KernelOps> Backward<B, 2> for SparseDecode {
         let (indices, values, rows) = ops.state;
         let m = rows.shape()[0];
         if let Some(node) = values_node {
-            let grad = B::sparse_decode_grad_values(indices.clone(), rows, grad.clone());
+            let grad = B::sparse_dot(indices.clone(), rows, grad.clone());
             grads.register::<B>(node.id, grad);
         }
         if let Some(node) = rows_node {

@@ -10,6 +10,7 @@
 //! | [`top_k`] | none: the values are cut from the graph |
 //! | [`top_k_encode`] | sparse, at the selected entries |
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
+//! | [`sparse_dot`] | through the plain default |
 //! | [`rms_norm`], [`silu_mul`], [`rotary`], [`attention`] | through the plain default |
 //! | [`adam_step`] | none |
 
@@ -101,6 +102,23 @@ pub fn sparse_decode(indices: Tensor<2, Int>, values: Tensor<2>, rows: Tensor<2>
         indices.into_dispatch(),
         values.into_dispatch(),
         rows.into_dispatch(),
+    ))
+}
+
+/// `out[i, j] = ⟨x[i], rows[indices[i, j]]⟩`: the entries of `x · rowsᵀ` at some places only.
+///
+/// # Shapes
+/// `indices` and the result: `[n, k]`, `rows`: `[m, d]`, `x`: `[n, d]`.
+///
+/// # Panics
+/// If a shape does not fit, or (on CPU) an index is not below `m`.
+pub fn sparse_dot(indices: Tensor<2, Int>, rows: Tensor<2>, x: Tensor<2>) -> Tensor<2> {
+    let ([n, _], [_, d]) = (indices.dims(), rows.dims());
+    assert_eq!(x.dims(), [n, d], "sparse_dot: x does not fit");
+    Tensor::from_dispatch(Dispatch::sparse_dot(
+        indices.into_dispatch(),
+        rows.into_dispatch(),
+        x.into_dispatch(),
     ))
 }
 

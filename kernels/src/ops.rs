@@ -81,17 +81,16 @@ pub trait KernelOps: Backend {
         Self::float_reshape(Self::float_matmul(values, gathered), Shape::new([n, d]))
     }
 
-    /// Gradient of [`sparse_decode`](Self::sparse_decode) for the values:
-    /// `⟨grad[i], rows[indices[i, j]]⟩`.
-    fn sparse_decode_grad_values(
+    /// Also the xient of [`sparse_decode`](Self::sparse_decode) for the values.
+    fn sparse_dot(
         indices: IntTensor<Self>,
         rows: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let ([n, d], k) = (dims(&grad), indices.shape()[1]);
+        let ([n, d], k) = (dims(&x), indices.shape()[1]);
         let gathered = gather_rows::<Self>(rows, indices);
-        let grad = Self::float_reshape(grad, Shape::new([n, d, 1]));
-        Self::float_reshape(Self::float_matmul(gathered, grad), Shape::new([n, k]))
+        let column = Self::float_reshape(x, Shape::new([n, d, 1]));
+        Self::float_reshape(Self::float_matmul(gathered, column), Shape::new([n, k]))
     }
 
     /// Gradient of [`sparse_decode`](Self::sparse_decode) for the rows: `out[l] = Σ values[i, j] ·

@@ -1,1 +1,29 @@
-//! sae-core
+//! Sparse autoencoders (SAEs): models, training, files, metrics.
+//!
+//! Everything rests on one identity, `x = decode(encode(x)) + error`: [`Sae::decompose`] gives the
+//! latents, the reconstruction and the error of a batch of activations. Latents are sparse
+//! ([`SparseLatents`]): nothing here allocates `[tokens, d_sae]` unless it is asked to.
+//!
+//! | to | see |
+//! |---|---|
+//! | run an SAE | [`Sae`] |
+//! | read and write SAELens' files | [`format::saelens`] |
+//! | train one | [`train::Trainer`] |
+//! | measure one | [`metrics`] |
+//! | put one into a forward pass | [`splice::Splice`] |
+
+pub mod activation;
+pub mod config;
+pub mod format;
+pub mod latents;
+pub mod loss;
+pub mod metrics;
+pub mod sae;
+// pub mod splice;
+pub mod train;
+
+pub use activation::Activation;
+pub use config::{ConfigError, SaeConfig, SaeMetadata};
+pub use latents::SparseLatents;
+pub use sae::{Decomposition, Sae, SaeError, SaeWeights};
+// pub use splice::{ErrorTerm, Splice};

@@ -30,8 +30,8 @@ impl KernelOps for Flex {
         sparse::decode(indices, values, rows)
     }
 
-    fn sparse_decode_grad_values(indices: Int, rows: Float, grad: Float) -> Float {
-        sparse::grad_values(indices, rows, grad)
+    fn sparse_dot(indices: Int, rows: Float, x: Float) -> Float {
+        sparse::dot_at(indices, rows, x)
     }
 
     fn sparse_decode_grad_rows(indices: Int, values: Float, grad: Float, m: usize) -> Float {

@@ -17,14 +17,14 @@ pub(super) fn decode(indices: Int, values: Float, rows: Float) -> Float {
     new_floats(out, [n, d])
 }
 
-pub(super) fn grad_values(indices: Int, rows: Float, grad: Float) -> Float {
-    let ([n, d], [m, _], [_, k]) = (dims(&grad), dims::<2>(&rows), dims::<2>(&indices));
-    let (indices, rows, grad) = (packed_ints(indices), packed(rows), packed(grad));
-    let (indices, rows, grad) = (checked(&indices, m), floats(&rows), floats(&grad));
+pub(super) fn dot_at(indices: Int, rows: Float, x: Float) -> Float {
+    let ([n, d], [m, _], [_, k]) = (dims(&x), dims::<2>(&rows), dims::<2>(&indices));
+    let (indices, rows, x) = (packed_ints(indices), packed(rows), packed(x));
+    let (indices, rows, x) = (checked(&indices, m), floats(&rows), floats(&x));
     let mut out = vec![0f32; n * k];
     out.par_chunks_mut(k)
-        .zip(indices.par_chunks(k).zip(grad.par_chunks(d)))
-        .for_each(|(out, (indices, grad))| dot_rows(out, indices, grad, rows));
+        .zip(indices.par_chunks(k).zip(x.par_chunks(d)))
+        .for_each(|(out, (indices, x))| dot_rows(out, indices, x, rows));
     new_floats(out, [n, k])
 }
 
@@ -91,10 +91,10 @@ multiversion! {
 }
 
 multiversion! {
-    fn dot_rows(out: &mut [f32], indices: &[i32], grad: &[f32], rows: &[f32]) {
-        let d = grad.len();
+    fn dot_rows(out: &mut [f32], indices: &[i32], x: &[f32], rows: &[f32]) {
+        let d = x.len();
         for (out, &index) in out.iter_mut().zip(indices) {
-            *out = dot(grad, &rows[index as usize * d..][..d]);
+            *out = dot(x, &rows[index as usize * d..][..d]);
         }
     }
 }

@@ -1,0 +1,93 @@
+//! Finding the latents behind a behaviour by contrast.
+
+use std::collections::BTreeMap;
+
+use sae_core::SparseLatents;
+
+/// How each latent behaves on the tokens of a set of answers.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LatentStatistics {
+    n_tokens: usize,
+    latents: BTreeMap<usize, Activity>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Activity {
+    n_active: usize,
+    sum: f64,
+    max: f64,
+}
+
+impl LatentStatistics {
+    /// Counts the tokens of some latents; call it for every batch of answers.
+    pub fn add(&mut self, latents: &SparseLatents) {
+        let [n, k] = latents.values.dims();
+        let indices: Vec<i64> = latents.indices.clone().into_data().iter::<i64>().collect();
+        let values: Vec<f32> = latents.values.clone().into_data().iter::<f32>().collect();
+        debug_assert_eq!(values.len(), n * k);
+        self.n_tokens += n;
+        for (&latent, &value) in indices.iter().zip(&values).filter(|&(_, &value)| value > 0.0) {
+            let activity = self.latents.entry(latent as usize).or_default();
+            activity.n_active += 1;
+            activity.sum += f64::from(value);
+            activity.max = activity.max.max(f64::from(value));
+        }
+    }
+
+    /// Tokens counted.
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// Tokens on which a latent is active.
+    pub fn n_active(&self, latent: usize) -> usize {
+        self.latents.get(&latent).map_or(0, |activity| activity.n_active)
+    }
+
+    /// The mean value of a latent over all tokens counted, zero where it is inactive.
+    pub fn mean(&self, latent: usize) -> f64 {
+        let sum = self.latents.get(&latent).map_or(0.0, |activity| activity.sum);
+        sum / self.n_tokens.max(1) as f64
+    }
+
+    /// The largest value of a latent.
+    pub fn max(&self, latent: usize) -> f64 {
+        self.latents.get(&latent).map_or(0.0, |activity| activity.max)
+    }
+
+    /// The latents that are active anywhere, in order.
+    pub fn active(&self) -> impl Iterator<Item = usize> {
+        self.latents.keys().copied()
+    }
+}
+
+/// A latent that tells two sets of answers apart.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Contrast {
+    /// The latent.
+    pub latent: usize,
+    /// Mean value on the first set − mean value on the second.
+    pub difference: f64,
+    /// Tokens of the first set on which it is active.
+    pub n_active: usize,
+}
+
+/// The latents active on at least `min_active` tokens of `shown`, those first whose mean exceeds
+/// their mean on `other` most; ties go to the lower latent.
+pub fn contrast(
+    shown: &LatentStatistics,
+    other: &LatentStatistics,
+    min_active: usize,
+) -> Vec<Contrast> {
+    let mut ranked: Vec<Contrast> = shown
+        .active()
+        .map(|latent| Contrast {
+            latent,
+            difference: shown.mean(latent) - other.mean(latent),
+            n_active: shown.n_active(latent),
+        })
+        .filter(|contrast| contrast.n_active >= min_active)
+        .collect();
+    ranked.sort_by(|a, b| b.difference.total_cmp(&a.difference).then(a.latent.cmp(&b.latent)));
+    ranked
+}

@@ -1,0 +1,208 @@
+//! What steering does to the residual stream.
+
+use burn::tensor::{Tensor, TensorData};
+use model_hooks::{Hook, HookError, HookPoint, Positions};
+use sae_core::Sae;
+
+/// A change of the residual stream `x` at every steered position.
+#[derive(Debug, Clone)]
+pub enum Intervention<'a> {
+    /// Sets latents to values, the error term kept: `x' = x + Σ (value − z) · W_dec[latent]`.
+    Clamp {
+        /// The autoencoder that the latents belong to.
+        sae: &'a Sae,
+        /// Latents with the values they are set to.
+        values: Vec<(usize, f64)>,
+    },
+    /// `x' = x + direction`.
+    Add {
+        /// `[d_model]`.
+        direction: Tensor<1>,
+    },
+    /// Projects a direction out: `x' = x − r̂ r̂ᵀ x`.
+    Ablate {
+        /// `[d_model]`, of any norm but zero.
+        direction: Tensor<1>,
+    },
+}
+
+/// An intervention at a hook point, from some absolute position of every conversation on.
+#[derive(Debug, Clone)]
+pub struct Steering<'a> {
+    point: HookPoint,
+    change: Change<'a>,
+    from_position: usize,
+    fired: bool,
+}
+
+/// An intervention, checked and made ready.
+#[derive(Debug, Clone)]
+enum Change<'a> {
+    Clamp {
+        sae: &'a Sae,
+        latents: Vec<usize>,
+        /// `[1, n_latents]`.
+        values: Tensor<2>,
+        /// `[n_latents, d_model]`.
+        directions: Tensor<2>,
+    },
+    Add(Tensor<1>),
+    /// A unit vector.
+    Ablate(Tensor<1>),
+}
+
+/// Why an intervention cannot be made.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SteeringError {
+    /// A latent that the autoencoder does not have.
+    #[error("latent {latent} is out of range: the autoencoder has {d_sae} latents")]
+    NoSuchLatent {
+        /// The latent asked for.
+        latent: usize,
+        /// Latents of the autoencoder.
+        d_sae: usize,
+    },
+    /// A latent that is to be set to two values.
+    #[error("latent {latent} is clamped twice")]
+    DuplicateLatent {
+        /// The latent.
+        latent: usize,
+    },
+    /// A value that is not a number, or infinite.
+    #[error("the strength of {name} is {value}: expected a finite number")]
+    NotFinite {
+        /// What it was to steer.
+        name: String,
+        /// The value.
+        value: f64,
+    },
+    /// Nothing to steer by.
+    #[error("{name} is zero or empty: there is nothing to steer by")]
+    Nothing {
+        /// What was empty.
+        name: String,
+    },
+}
+
+impl<'a> Steering<'a> {
+    /// Steers at `point` from position `from_position` on. Autoencoders trained without position 0
+    /// should leave it alone: its activation is unlike all others.
+    ///
+    /// # Errors
+    /// If a latent is out of range or given twice, a value is not finite, or a direction is zero.
+    pub fn new(
+        point: HookPoint,
+        intervention: Intervention<'a>,
+        from_position: usize,
+    ) -> Result<Self, SteeringError> {
+        Ok(Self { point, change: Change::new(intervention)?, from_position, fired: false })
+    }
+}
+
+impl<'a> Change<'a> {
+    fn new(intervention: Intervention<'a>) -> Result<Self, SteeringError> {
+        match intervention {
+            Intervention::Clamp { sae, values } => Self::clamp(sae, &values),
+            Intervention::Add { direction } => {
+                finite_norm("the direction", &direction)?;
+                Ok(Self::Add(direction))
+            }
+            Intervention::Ablate { direction } => {
+                let norm = finite_norm("the direction", &direction)?;
+                if norm == 0.0 {
+                    return Err(SteeringError::Nothing { name: "the direction".into() });
+                }
+                Ok(Self::Ablate(direction / norm))
+            }
+        }
+    }
+
+    fn clamp(sae: &'a Sae, values: &[(usize, f64)]) -> Result<Self, SteeringError> {
+        if values.is_empty() {
+            return Err(SteeringError::Nothing { name: "the list of latents".into() });
+        }
+        let d_sae = sae.d_sae();
+        for (i, &(latent, value)) in values.iter().enumerate() {
+            if latent >= d_sae {
+                return Err(SteeringError::NoSuchLatent { latent, d_sae });
+            }
+            if values[..i].iter().any(|&(other, _)| other == latent) {
+                return Err(SteeringError::DuplicateLatent { latent });
+            }
+            if !value.is_finite() {
+                return Err(SteeringError::NotFinite { name: format!("latent {latent}"), value });
+            }
+        }
+        let rows = sae.decoder_directions();
+        let device = rows.device();
+        let directions = values.iter().map(|&(latent, _)| rows.clone().narrow(0, latent, 1));
+        let directions = Tensor::cat(directions.collect(), 0);
+        let targets: Vec<f32> = values.iter().map(|&(_, value)| value as f32).collect();
+        Ok(Self::Clamp {
+            sae,
+            latents: values.iter().map(|&(latent, _)| latent).collect(),
+            values: Tensor::from_data(TensorData::new(targets, [1, values.len()]), &device),
+            directions,
+        })
+    }
+
+    /// What is added to `x: [n, d_model]`, broadcast over rows where it is the same for all.
+    fn delta(&self, x: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Clamp { sae, latents, values, directions } => {
+                let encoded = sae.encode(x);
+                let [n, _] = encoded.values.dims();
+                let current = latents.iter().map(|&latent| encoded.latent(latent).reshape([n, 1]));
+                let current = Tensor::cat(current.collect(), 1);
+                (values.clone() - current).matmul(directions.clone())
+            }
+            Self::Add(direction) => direction.clone().unsqueeze(),
+            Self::Ablate(unit) => {
+                let [_, d_model] = x.dims();
+                let column = unit.clone().reshape([d_model, 1]);
+                -x.matmul(column.clone()).matmul(column.transpose())
+            }
+        }
+    }
+}
+
+fn finite_norm(name: &str, direction: &Tensor<1>) -> Result<f64, SteeringError> {
+    let value = crate::norm(direction);
+    if value.is_finite() {
+        Ok(value)
+    } else {
+        Err(SteeringError::NotFinite { name: name.to_owned(), value })
+    }
+}
+
+impl Hook for Steering<'_> {
+    fn wants(&self, point: HookPoint) -> bool {
+        point == self.point
+    }
+
+    fn at<const D: usize>(
+        &mut self,
+        _: HookPoint,
+        x: Tensor<D>,
+        positions: &Positions,
+    ) -> Tensor<D> {
+        self.fired = true;
+        let shape = x.dims();
+        let d_model = shape[D - 1];
+        let n = shape.iter().product::<usize>() / d_model;
+        let rows = x.reshape([n, d_model]);
+        let delta = self.change.delta(rows.clone());
+        // Padding may be steered: nothing attends to it.
+        let delta = if positions.first() >= self.from_position {
+            delta
+        } else {
+            delta * positions.mask_from(self.from_position, &rows.device()).reshape([n, 1])
+        };
+        (rows + delta).reshape(shape)
+    }
+
+    fn finish(&mut self) -> Result<(), HookError> {
+        if self.fired { Ok(()) } else { Err(HookError::NeverFired { point: self.point }) }
+    }
+}
