@@ -30,7 +30,7 @@ impl<'a> Ablation<'a> {
         latents: Vec<usize>,
         from_position: usize,
     ) -> Self {
-        let d_sae = sae.d_sae();
+        let d_sae = sae.config().d_sae;
         assert!(
             latents.iter().all(|&latent| latent < d_sae),
             "latents {latents:?} are not all below {d_sae}"
@@ -59,11 +59,11 @@ impl Hook for Ablation<'_> {
     ) -> Tensor<D> {
         self.fired = true;
         let shape = x.dims();
-        let d_in = self.sae.d_in();
+        let d_in = self.sae.config().d_in;
         let n = shape.iter().product::<usize>() / d_in;
         let mask = positions.mask_from(self.from_position, &x.device()).reshape([n, 1]);
         let latents = self.sae.encode(x.clone().reshape([n, d_in]));
-        let rows = self.sae.decoder_directions();
+        let rows = self.sae.directions();
         let removed = self.latents.iter().map(|&latent| {
             let values = latents.latent(latent).reshape([n, 1]) * self.share;
             values.matmul(rows.clone().narrow(0, latent, 1))

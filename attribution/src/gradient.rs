@@ -21,13 +21,10 @@ pub fn gradient_times_activation(
     latents: &SparseLatents,
     gradient: Tensor<2>,
 ) -> SparseLatents {
-    let rows = sae.decoder_directions();
+    let rows = sae.directions();
     let slopes = kernels::sparse_dot(latents.indices.clone(), rows, gradient);
-    SparseLatents {
-        indices: latents.indices.clone(),
-        values: -(latents.values.clone() * slopes),
-        d_sae: latents.d_sae,
-    }
+    let effects = -(latents.values.clone() * slopes);
+    SparseLatents::new(latents.indices.clone(), effects, latents.d_sae)
 }
 
 /// How fast a metric changes as each latent is raised by one unit at every one of the positions,
@@ -41,7 +38,7 @@ pub fn gradient_times_activation(
 /// # Panics
 /// If the gradient's width is not the autoencoder's.
 pub fn clamp_slopes(sae: &Sae, gradient: Tensor<2>) -> Tensor<1> {
-    let rows = sae.decoder_directions();
+    let rows = sae.directions();
     let [d_sae, d_in] = rows.dims();
     let total = gradient.sum_dim(0).reshape([d_in, 1]);
     rows.matmul(total).reshape([d_sae])

@@ -1,1 +1,16 @@
-//! examples
+//! The runnable programs, and what they share.
+//!
+//! | program | what it does |
+//! |---|---|
+//! | `refusal` | trains a sparse autoencoder on a chat model and steers its refusals with it |
+
+pub mod allocator;
+pub mod assets;
+pub mod corpus;
+pub mod device;
+pub mod progress;
+pub mod prompts;
+pub mod refusal;
+pub mod report;
+pub mod results;
+pub mod storage;

@@ -74,7 +74,7 @@ fn csv(text: &str) -> Result<Vec<Value>> {
         let fields = header.iter().zip(record.iter());
         let entry = match header.len() {
             1 => Value::String(record[0].to_owned()),
-            _ => fields.map(|(name, value)| (name.to_owned(), value.into())).collect(),
+            _ => fields.map(|(name, value)| (name.to_owned(), Value::from(value))).collect(),
         };
         entries.push(entry);
     }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context as _, Result, ensure};
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, context, value::ViaDeserialize};
 
-use crate::results::{Arm, Method, Results, Row, Treatment};
+use crate::results::{Arm, Example, Method, Results, Row, Treatment};
 
 mod plot;
 
@@ -102,6 +102,18 @@ pub fn table(results: &Results) -> String {
     }
     text.truncate(text.trim_end().len());
     text + "\n"
+}
+
+/// An answer before and after, as text.
+#[must_use]
+pub fn example(example: &Example) -> String {
+    let Example { prompt, before, after, outcome_before, outcome_after, .. } = example;
+    let one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    format!(
+        "{prompt}\n  before ({outcome_before}): {}\n  after  ({outcome_after}): {}\n",
+        one_line(before),
+        one_line(after)
+    )
 }
 
 fn environment() -> Result<Environment<'static>> {

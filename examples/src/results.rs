@@ -148,6 +148,24 @@ pub struct Example {
     pub outcome_after: Outcome,
 }
 
+/// One answer, as `generations.jsonl` has it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Generation {
+    /// What was steered, and how.
+    #[serde(flatten)]
+    pub treatment: Treatment,
+    /// What was asked.
+    pub prompt: String,
+    /// Whether it should be refused.
+    pub kind: PromptKind,
+    /// Whether it is safe but looks unsafe.
+    pub look_alike: bool,
+    /// What the model said.
+    pub answer: String,
+    /// What the judge made of it.
+    pub outcome: Outcome,
+}
+
 /// What stands before a prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

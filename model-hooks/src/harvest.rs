@@ -4,7 +4,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use crate::cache::ActivationCache;
 use crate::hook_point::{Axis, HookPoint};
+use crate::layers::SharedPrefix;
 use crate::model::{ForwardError, LanguageModel};
+use crate::positions::Positions;
 use crate::tokens::TokenBatch;
 
 /// What to harvest, and how.
@@ -33,13 +35,14 @@ pub struct Harvested {
 pub struct Place {
     /// Index of the text.
     pub text: usize,
-    /// Position in it.
+    /// Absolute position, the prefix counted.
     pub position: usize,
 }
 
 impl LanguageModel {
-    /// Hands the activations of every text to `sink`, batch by batch: one row for each token from
-    /// `skip_positions` on, and none for padding.
+    /// Hands the activations of every text to `sink`, batch by batch: one row for each token at
+    /// position `skip_positions` or later, and none for padding. The texts go on where `prefix`
+    /// ends; its own tokens are not harvested.
     ///
     /// Texts of like length run together, so batches do not follow the order of the texts; the
     /// places tell. What is harvested for a text does not depend on the others. `sink` can stop the
@@ -53,6 +56,7 @@ impl LanguageModel {
     pub fn harvest(
         &self,
         texts: &[impl AsRef<[u32]>],
+        prefix: &SharedPrefix,
         config: &HarvestConfig,
         mut sink: impl FnMut(Harvested) -> bool,
     ) -> Result<(), ForwardError> {
@@ -74,15 +78,18 @@ impl LanguageModel {
             let (batch, after) = rest.split_at(batch_size(rest, texts, config.batch_tokens));
             rest = after;
             let rows: Vec<&[u32]> = batch.iter().map(|&text| texts[text].as_ref()).collect();
-            let tokens = TokenBatch::new(&rows, self.config(), self.device())?;
+            let before = prefix.n_tokens();
+            let tokens = TokenBatch::after(&rows, before, self.config(), self.device())?;
+            let mut kv = self.cache(prefix.clone(), tokens.padding().to_vec());
+            let positions = kv.next_positions(tokens.dims()[1]);
             let mut cache = ActivationCache::new([point]);
-            if point.layer().is_some() || point == HookPoint::Embed {
-                self.run_until(&tokens, n_blocks, &mut cache)?;
-            } else {
-                self.last_logits(&tokens, &mut cache)?;
+            let residual = self.embed(&tokens, &positions, &mut cache);
+            let residual = self.blocks(residual, 0..n_blocks, &mut kv, &mut cache)?;
+            if n_blocks == self.config().n_layers {
+                self.norm_final(residual, &positions, &mut cache);
             }
             let activations = cache.get::<3>(point).expect("the pass came by the point");
-            let harvested = real_rows(activations, batch, &tokens, config.skip_positions);
+            let harvested = real_rows(activations, batch, &positions, config.skip_positions);
             if !harvested.places.is_empty() && !sink(harvested) {
                 break;
             }
@@ -98,13 +105,20 @@ fn batch_size(order: &[usize], texts: &[impl AsRef<[u32]>], batch_tokens: usize)
 }
 
 /// Drops padding and skipped positions.
-fn real_rows(activations: Tensor<3>, batch: &[usize], tokens: &TokenBatch, skip: usize) -> Harvested {
+fn real_rows(
+    activations: Tensor<3>,
+    batch: &[usize],
+    positions: &Positions,
+    skip: usize,
+) -> Harvested {
     let [n_rows, n_columns, width] = activations.dims();
     let (mut places, mut kept) = (Vec::new(), Vec::new());
-    for (row, (&text, &padding)) in batch.iter().zip(tokens.padding()).enumerate() {
-        for position in skip..n_columns - padding {
-            places.push(Place { text, position });
-            kept.push((row * n_columns + padding + position) as i64);
+    for (row, &text) in batch.iter().enumerate() {
+        for column in 0..n_columns {
+            if let Some(position) = positions.get(row, column).filter(|&p| p >= skip) {
+                places.push(Place { text, position });
+                kept.push((row * n_columns + column) as i64);
+            }
         }
     }
     let activations = activations.reshape([n_rows * n_columns, width]);
@@ -112,8 +126,7 @@ fn real_rows(activations: Tensor<3>, batch: &[usize], tokens: &TokenBatch, skip:
     let activations = if kept.len() == n_rows * n_columns || kept.is_empty() {
         activations
     } else {
-        let n = kept.len();
-        let kept = TensorData::new(kept, [n]);
+        let kept = TensorData::new(kept, [places.len()]);
         let kept = Tensor::<1, Int>::from_data(kept, &activations.device());
         activations.select(0, kept)
     };

@@ -240,7 +240,7 @@ impl LanguageModel {
         hook: &mut H,
     ) -> Tensor<3> {
         let [batch, n, d_model] = residual.dims();
-        let normed = self.network.ln_final.forward(residual, NormPoints::FINAL, positions, hook);
+        let normed = self.norm_final(residual, positions, hook);
         let logits = self.network.unembed.forward(normed.reshape([batch * n, d_model]));
         logits.reshape([batch, n, self.config.d_vocab])
     }
@@ -257,8 +257,17 @@ impl LanguageModel {
         hook: &mut H,
     ) -> Tensor<2> {
         let [batch, n, d_model] = residual.dims();
-        let normed = self.network.ln_final.forward(residual, NormPoints::FINAL, positions, hook);
+        let normed = self.norm_final(residual, positions, hook);
         let last = normed.narrow(1, n - 1, 1).reshape([batch, d_model]);
         self.network.unembed.forward(last)
+    }
+
+    pub(crate) fn norm_final<H: Hook>(
+        &self,
+        residual: Tensor<3>,
+        positions: &Positions,
+        hook: &mut H,
+    ) -> Tensor<3> {
+        self.network.ln_final.forward(residual, NormPoints::FINAL, positions, hook)
     }
 }

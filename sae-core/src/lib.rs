@@ -19,11 +19,11 @@ pub mod latents;
 pub mod loss;
 pub mod metrics;
 pub mod sae;
-// pub mod splice;
+pub mod splice;
 pub mod train;
 
 pub use activation::Activation;
 pub use config::{ConfigError, SaeConfig, SaeMetadata};
 pub use latents::SparseLatents;
 pub use sae::{Decomposition, Sae, SaeError, SaeWeights};
-// pub use splice::{ErrorTerm, Splice};
+pub use splice::{ErrorTerm, Splice};

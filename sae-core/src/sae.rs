@@ -164,6 +164,19 @@ impl Sae {
         sparse_decode(indices, values, w_dec) + b_dec.unsqueeze()
     }
 
+    /// What one unit of each latent writes: the decoder rows, over their norms where latents are
+    /// measured in those.
+    ///
+    /// # Shapes
+    /// `[d_sae, d_in]`.
+    pub fn directions(&self) -> Tensor<2> {
+        let w_dec = self.weights.w_dec.clone();
+        match self.scale() {
+            Some(scale) => w_dec / scale.unsqueeze_dim(1),
+            None => w_dec,
+        }
+    }
+
     /// Splits activations into what the SAE explains and what it does not.
     ///
     /// # Shapes
@@ -241,6 +254,9 @@ fn at(scale: Tensor<1>, indices: &Tensor<2, Int>) -> Tensor<2> {
 mod tests {
     use super::*;
     use burn::tensor::{Device, TensorData};
+    use proptest::prelude::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
 
     /// Two inputs, three latents: latent 0 reads x₀ and writes (2, 0), latent 1 reads x₁ and
     /// writes (0, 1), latent 2 reads both and writes (0.3, 0.4).
@@ -308,6 +324,67 @@ mod tests {
         let raw = sae.fold_input_scale(4.0).decompose(x());
         assert_close(raw.latents.to_dense(), scaled.latents.to_dense().into_data());
         assert_close(raw.reconstruction.mul_scalar(4.0), scaled.reconstruction.into_data());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn sparse_is_dense(
+            (n, d_in, d_sae, k) in (1..20usize, 1..20usize, 1..40usize)
+                .prop_flat_map(|(n, d_in, d_sae)| (Just(n), Just(d_in), Just(d_sae), 1..=d_sae)),
+            rescale_by_decoder_norm: bool,
+            apply_b_dec_to_input: bool,
+            seed: u64,
+        ) {
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            let weights = SaeWeights {
+                w_enc: noise([d_in, d_sae], &mut random),
+                b_enc: noise([d_sae], &mut random),
+                w_dec: noise([d_sae, d_in], &mut random),
+                b_dec: noise([d_in], &mut random),
+            };
+            let x = noise([n, d_in], &mut random);
+            let activation = Activation::TopK { k, rescale_by_decoder_norm };
+            let config = SaeConfig {
+                apply_b_dec_to_input,
+                ..SaeConfig::new(d_in, d_sae, activation)
+            };
+            let dense = dense(&config, &weights, x.clone());
+            let sae = Sae::new(config, weights).expect("valid");
+            let latents = sae.encode(x);
+            let tolerance = burn::tensor::Tolerance::<f32>::rel_abs(1e-4, 1e-4);
+            latents.to_dense().into_data().assert_approx_eq(&dense.0.into_data(), tolerance);
+            let decoded = sae.decode(&latents);
+            decoded.into_data().assert_approx_eq(&dense.1.into_data(), tolerance);
+        }
+    }
+
+    fn noise<const D: usize>(shape: [usize; D], random: &mut ChaCha8Rng) -> Tensor<D> {
+        let n = shape.iter().product();
+        let values: Vec<f32> = (0..n).map(|_| random.random_range(-1.0..1.0)).collect();
+        Tensor::from_data(TensorData::new(values, shape), &Device::flex())
+    }
+
+    /// Latents and reconstruction by the equations, all of `[n, d_sae]` written out.
+    fn dense(config: &SaeConfig, weights: &SaeWeights, x: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+        let SaeWeights { w_enc, b_enc, w_dec, b_dec } = weights.clone();
+        let Activation::TopK { k, rescale_by_decoder_norm } = config.activation;
+        let norms = match rescale_by_decoder_norm {
+            true => w_dec.clone().square().sum_dim(1).sqrt().transpose(),
+            false => Tensor::ones([1, config.d_sae], &x.device()),
+        };
+        let centre = match config.apply_b_dec_to_input {
+            true => b_dec.clone(),
+            false => b_dec.zeros_like(),
+        };
+        let pre = (x - centre.unsqueeze()).matmul(w_enc) + b_enc.unsqueeze();
+        let pre = pre * norms.clone();
+        let threshold = pre.clone().sort_descending(1).narrow(1, k - 1, 1);
+        let below = pre.clone().lower(threshold.expand(pre.dims()));
+        let latents = pre.mask_fill(below, 0.0).clamp_min(0.0);
+        let decoded = (latents.clone() / norms).matmul(w_dec) + b_dec.unsqueeze();
+        (latents, decoded)
     }
 
     #[test]

@@ -21,16 +21,13 @@ struct Activity {
 impl LatentStatistics {
     /// Counts the tokens of some latents; call it for every batch of answers.
     pub fn add(&mut self, latents: &SparseLatents) {
-        let [n, k] = latents.values.dims();
-        let indices: Vec<i64> = latents.indices.clone().into_data().iter::<i64>().collect();
-        let values: Vec<f32> = latents.values.clone().into_data().iter::<f32>().collect();
-        debug_assert_eq!(values.len(), n * k);
-        self.n_tokens += n;
-        for (&latent, &value) in indices.iter().zip(&values).filter(|&(_, &value)| value > 0.0) {
-            let activity = self.latents.entry(latent as usize).or_default();
+        self.n_tokens += latents.n_rows();
+        for entry in latents.entries() {
+            let activity = self.latents.entry(entry.latent_idx).or_default();
+            let value = f64::from(entry.value);
             activity.n_active += 1;
-            activity.sum += f64::from(value);
-            activity.max = activity.max.max(f64::from(value));
+            activity.sum += value;
+            activity.max = activity.max.max(value);
         }
     }
 

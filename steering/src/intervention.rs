@@ -122,7 +122,7 @@ impl<'a> Change<'a> {
         if values.is_empty() {
             return Err(SteeringError::Nothing { name: "the list of latents".into() });
         }
-        let d_sae = sae.d_sae();
+        let d_sae = sae.config().d_sae;
         for (i, &(latent, value)) in values.iter().enumerate() {
             if latent >= d_sae {
                 return Err(SteeringError::NoSuchLatent { latent, d_sae });
@@ -134,7 +134,7 @@ impl<'a> Change<'a> {
                 return Err(SteeringError::NotFinite { name: format!("latent {latent}"), value });
             }
         }
-        let rows = sae.decoder_directions();
+        let rows = sae.directions();
         let device = rows.device();
         let directions = values.iter().map(|&(latent, _)| rows.clone().narrow(0, latent, 1));
         let directions = Tensor::cat(directions.collect(), 0);

@@ -62,7 +62,7 @@ fn locate(wanted: Option<&str>) -> Result<PathBuf> {
              Hugging Face folder) or --model OWNER/NAME",
         ),
         Some(path) if Path::new(path).exists() => Ok(path.into()),
-        Some(id) if hub::is_id(id) => hub::fetch(id)
+        Some(id) if id.contains('/') && !id.starts_with(['.', '/']) => hub::fetch(id)
             .with_context(|| format!("no model: there is no file {id}, and the hub did not give it")),
         Some(path) => Err(anyhow!(
             "no model: {path} is neither a file, a folder, nor a hub id such as owner/name"

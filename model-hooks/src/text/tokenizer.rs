@@ -24,12 +24,18 @@ impl Tokenizer {
     /// [`TextError`] if it describes no tokenizer, or its tokens would not get the ids that it
     /// states.
     pub fn from_json(json: &[u8]) -> Result<Self, TextError> {
+        // First, because the inner tokenizer panics on what is not JSON.
+        let stated: Stated = serde_json::from_slice(json)
+            .map_err(|error| TextError::TokenizerJson { source: error.into() })?;
+        // It also panics on a merge that is shorter than this prefix. No language model sets it.
+        let Model { kind, continuing_subword_prefix: prefix } = stated.model;
+        if let Some(actual) = prefix.filter(|prefix| kind != "WordPiece" && !prefix.is_empty()) {
+            return Err(TextError::SubwordPrefix { actual });
+        }
         let inner = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|source| TextError::TokenizerJson { source })?;
-        // The inner tokenizer counts on from the vocabulary's size whatever id an added token
-        // states, which is another one where the vocabulary has a hole.
-        let stated: AddedTokens = serde_json::from_slice(json)
-            .map_err(|error| TextError::TokenizerJson { source: error.into() })?;
+        // It counts on from the vocabulary's size whatever id an added token states, which is
+        // another one where the vocabulary has a hole.
         for AddedToken { id: expected, content } in stated.added_tokens {
             let actual = inner.token_to_id(&content);
             if actual != Some(expected) {
@@ -135,11 +141,19 @@ impl Tokenizer {
     }
 }
 
-/// The ids that a `tokenizer.json` states for the tokens beside its vocabulary.
+/// What a `tokenizer.json` states that the inner tokenizer does not check.
 #[derive(Deserialize)]
-struct AddedTokens {
+struct Stated {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    #[serde(rename = "type", default)]
+    kind: String,
+    continuing_subword_prefix: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -227,8 +241,19 @@ mod tests {
 
     #[test]
     fn a_broken_file_is_an_error() {
-        for json in [&b""[..], b"{}", b"[1]", br#"{"version": "1.0", "model": {"type": "BPE"}}"#] {
-            assert!(matches!(Tokenizer::from_json(json), Err(TextError::TokenizerJson { .. })));
+        for json in [
+            "",
+            "{}",
+            "[1]",
+            r#"{"version": "1.0", "model": {"type": "BPE"}}"#,
+            r#"{"version": "1.0", "decoder": {"type" "ByteLevel"}, "model": {"type": "BPE"}}"#,
+        ] {
+            let read = Tokenizer::from_json(json.as_bytes());
+            assert!(matches!(read, Err(TextError::TokenizerJson { .. })), "{json}");
         }
+        let model = json!({"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"],
+            "continuing_subword_prefix": "##"});
+        let error = tiny(&[("model", model)]).unwrap_err();
+        assert!(matches!(error, TextError::SubwordPrefix { .. }), "{error}");
     }
 }

@@ -29,9 +29,7 @@ const WEIGHTS: &str = "sae_weights.safetensors";
 pub fn read(folder: &Path, device: &Device) -> Result<Sae, FormatError> {
     let path = folder.join(CONFIG);
     let config = config::read(&path, &load(&path)?)?;
-    config
-        .validate()
-        .map_err(|source| FormatError::Config { path, source })?;
+    config.validate().map_err(|source| FormatError::Config { path, source })?;
     let path = folder.join(WEIGHTS);
     let weights = read_weights(&path, &load(&path)?, &config, device)?;
     Ok(Sae::new(config, weights).expect("a validated configuration"))
@@ -44,11 +42,11 @@ pub fn read(folder: &Path, device: &Device) -> Result<Sae, FormatError> {
 /// If the folder holds anything else, or the system refuses.
 pub fn write(sae: &Sae, folder: &Path) -> Result<(), FormatError> {
     let path = folder.join(CONFIG);
-    let config = config::write(sae.config())
-        .map_err(|source| FormatError::Json { path, source })?;
+    let config =
+        config::write(sae.config()).map_err(|source| FormatError::Json { path, source })?;
     let path = folder.join(WEIGHTS);
-    let weights = write_weights(sae.weights())
-        .map_err(|source| FormatError::Safetensors { path, source })?;
+    let weights =
+        write_weights(sae.weights()).map_err(|source| FormatError::Safetensors { path, source })?;
     folder::write(folder, &[(CONFIG, config), (WEIGHTS, weights)])
 }
 

@@ -49,8 +49,10 @@ impl<'a> Tensors<'a> {
             let (expected, actual) = (expected.to_vec(), view.shape().to_vec());
             return Err(FormatError::Shape { path: path(), tensor, expected, actual });
         }
-        let values = values(&view).ok_or_else(|| {
-            FormatError::Dtype { path: path(), tensor, actual: view.dtype() }
+        let values = values(&view).ok_or_else(|| FormatError::Dtype {
+            path: path(),
+            tensor,
+            actual: view.dtype(),
         })?;
         if let Some(index) = values.iter().position(|value| !value.is_finite()) {
             return Err(FormatError::NotFinite { path: path(), tensor, index });

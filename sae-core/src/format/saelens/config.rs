@@ -10,7 +10,7 @@ use crate::config::{SaeConfig, SaeMetadata};
 use crate::format::error::FormatError;
 
 /// The architectures of SAELens that we do not run.
-const UNSUPPORTED: [&str; 13] = [
+const UNSUPPORTED: [&str; 12] = [
     "standard",
     "abstopk",
     "gated",
@@ -23,7 +23,6 @@ const UNSUPPORTED: [&str; 13] = [
     "skip_transcoder",
     "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
-    "crosscoder",
 ];
 
 /// The file, key by key.
@@ -125,7 +124,8 @@ fn from_flat(mut keys: Map<String, Value>) -> Map<String, Value> {
         let name = if *normalize { "expected_average_only_in" } else { "none" };
         keys.insert("normalize_activations".to_owned(), name.into());
     }
-    let metadata = METADATA.iter().filter_map(|&key| Some((key.to_owned(), keys.shift_remove(key)?)));
+    let metadata =
+        METADATA.iter().filter_map(|&key| Some((key.to_owned(), keys.shift_remove(key)?)));
     let metadata: Map<String, Value> = metadata.collect();
     keys.insert("metadata".to_owned(), metadata.into());
     keys

@@ -212,18 +212,21 @@ fn tensors_of_another_kind_are_refused() {
     let mut all = tensors();
     all[0].2 = vec![3, 2];
     folder.set_tensors(&all);
-    assert!(matches!(folder.refused(), FormatError::Shape { tensor: "W_enc", expected, actual, .. }
-        if expected == [2, 3] && actual == [3, 2]));
+    assert!(
+        matches!(folder.refused(), FormatError::Shape { tensor: "W_enc", expected, actual, .. }
+        if expected == [2, 3] && actual == [3, 2])
+    );
     all = tensors();
     all[1].1 = Dtype::I32;
     folder.set_tensors(&all);
-    assert!(matches!(folder.refused(),
-        FormatError::Dtype { tensor: "b_enc", actual: Dtype::I32, .. }));
+    assert!(matches!(
+        folder.refused(),
+        FormatError::Dtype { tensor: "b_enc", actual: Dtype::I32, .. }
+    ));
     all = tensors();
     all[2].3 = floats(&[2.0, 0.0, f32::NAN, 1.0, 0.25, 0.5]);
     folder.set_tensors(&all);
-    assert!(matches!(folder.refused(),
-        FormatError::NotFinite { tensor: "W_dec", index: 2, .. }));
+    assert!(matches!(folder.refused(), FormatError::NotFinite { tensor: "W_dec", index: 2, .. }));
 }
 
 #[test]
@@ -234,5 +237,19 @@ fn every_cut_of_the_weights_is_refused() {
     for length in 0..whole.len() {
         fs::write(&path, &whole[..length]).expect("written");
         assert!(matches!(folder.refused(), FormatError::Safetensors { .. }), "{length}");
+    }
+}
+
+proptest::proptest! {
+    /// Whatever is wrong with a file, reading it is a `Result`.
+    #[test]
+    fn damaged_files_never_panic(which: bool, at: proptest::sample::Index, bits in 1..=255u8) {
+        let folder = Folder::new();
+        let path = folder.path().join(if which { CONFIG } else { WEIGHTS });
+        let mut bytes = fs::read(&path).expect("read");
+        let at = at.index(bytes.len());
+        bytes[at] ^= bits;
+        fs::write(&path, bytes).expect("written");
+        let _ = folder.read();
     }
 }

@@ -1,0 +1,43 @@
+//! Steers a chat model's refusals with a sparse autoencoder trained on its own activations.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use examples::refusal::{Options, run};
+use examples::{allocator, report, storage};
+
+fn main() -> ExitCode {
+    allocator::keep_pages();
+    match refusal(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn refusal(options: &Options) -> Result<()> {
+    let (results, generations) = run(options)?;
+    println!("\n{}", report::table(&results));
+    for example in &results.examples {
+        println!("{}", report::example(example));
+    }
+    let lines = generations
+        .iter()
+        .map(|generation| serde_json::to_string(generation).map(|line| line + "\n"))
+        .collect::<Result<String, _>>()?;
+    let json = serde_json::to_string_pretty(&results)?;
+    for (name, text) in [
+        ("generations.jsonl", lines),
+        ("results.json", json),
+        ("report.html", report::render(&results)?),
+    ] {
+        storage::write_whole(&options.out.join(name), text.as_bytes())?;
+    }
+    let page = options.out.join("report.html");
+    let page = page.canonicalize().with_context(|| format!("cannot find {}", page.display()))?;
+    println!("Open {}", page.display());
+    Ok(())
+}

@@ -1,0 +1,17 @@
+//! Progress bars.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// A bar of `length` steps, drawn on the terminal; nothing is drawn where there is none.
+pub fn bar(label: &'static str, length: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "  {prefix:<22} {bar:32.cyan/dim} {pos:>7}/{len} {elapsed:>4} (eta {eta}) {msg}",
+    );
+    let bar = ProgressBar::new(length)
+        .with_prefix(label)
+        .with_style(style.expect("the template is well-formed"));
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}

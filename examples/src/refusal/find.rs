@@ -1,0 +1,422 @@
+//! From answers to latents: which ones are behind refusing, and which are not.
+
+use anyhow::{Result, ensure};
+use attribution::clamp_slopes;
+use burn::tensor::Tensor;
+use burn::tensor::activation::log_softmax;
+use model_hooks::{
+    ActivationCache, HarvestConfig, Hook, HookPoint, Positions, Probe, SharedPrefix, TokenBatch,
+};
+use rand::seq::IndexedRandom;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use sae_core::Sae;
+use steering::{
+    Contrast, Intervention, Judge, LatentStatistics, Outcome, PhraseJudge, Steering, contrast,
+    difference_of_means, log_odds,
+};
+
+use super::During;
+use super::chats::Chats;
+use super::evaluate::Generator;
+use super::options::Scale;
+use super::sae::TrainedSae;
+use crate::assets::LoadedModel;
+use crate::corpus::{Prompt, Selection, Turn};
+use crate::progress::bar;
+use crate::results::{Arm, Candidate, Method, SteeringLatent, Treatment};
+
+/// Tokens of refusing answers on which a candidate must be active.
+const MIN_ACTIVE: usize = 2;
+/// The fixed clamp at which candidates are compared: multiples of their largest activation.
+const TRIAL_STRENGTH: f64 = 2.0;
+/// Tokens per forward pass.
+const BATCH_TOKENS: usize = 1024;
+
+/// The latents to steer with, and those to compare with.
+pub(super) struct Found {
+    /// The latent that steers alone.
+    pub(super) latent: usize,
+    /// Latents that steer together; the first is not always `latent`.
+    pub(super) bundle: Vec<usize>,
+    /// Fires about as often as the chosen latent, but never on refusing answers.
+    pub(super) unrelated: usize,
+    /// Drawn from all that fire at all.
+    pub(super) random: usize,
+    /// Mean activation on refused requests − on answered ones, where the answer begins.
+    pub(super) mean_difference: Tensor<1>,
+    /// All candidates, by their effect on the log-odds.
+    pub(super) candidates: Vec<Candidate>,
+    /// What did best on the selection split.
+    pub(super) headline: Treatment,
+    /// Prompts that the choices were made on.
+    pub(super) n_selection_prompts: usize,
+    refused_share: f64,
+}
+
+impl Found {
+    pub(super) fn summary(&self, trained: &TrainedSae) -> String {
+        format!(
+            "latent {} (largest activation {:.1}); bundle {:?}; on the selection split {} at {} \
+             made {:.0} % of the unsafe prompts refused; controls: unrelated latent {}, random \
+             latent {}",
+            self.latent,
+            trained.max_activation(self.latent),
+            self.bundle,
+            self.headline.method.label(),
+            self.headline.strength,
+            100.0 * self.refused_share,
+            self.unrelated,
+            self.random,
+        )
+    }
+
+    pub(super) fn steering_latents(
+        &self,
+        trained: &TrainedSae,
+        chats: &Chats<'_>,
+    ) -> Vec<SteeringLatent> {
+        let others = self.bundle.iter().copied().filter(|&latent| latent != self.latent);
+        std::iter::once(self.latent)
+            .chain(others)
+            .map(|latent| SteeringLatent {
+                latent,
+                max_activation: trained.max_activation(latent),
+                top_tokens: trained
+                    .top_tokens(latent)
+                    .iter()
+                    .map(|&id| chats.token(id))
+                    .collect(),
+            })
+            .collect()
+    }
+}
+
+/// Finds the latents behind refusing on the selection split.
+pub(super) fn find(
+    loaded: &LoadedModel,
+    chats: &Chats<'_>,
+    trained: &TrainedSae,
+    selection: &Selection,
+    point: HookPoint,
+    scale: &Scale,
+    seed: u64,
+) -> Result<Found> {
+    let search = Search { loaded, chats, trained, point, scale };
+    let refusing = search.answers(&selection.refusals)?;
+    let complying = search.answers(&selection.compliances)?;
+    let contrasts = contrast(&refusing.statistics, &complying.statistics, MIN_ACTIVE);
+    ensure!(
+        !contrasts.is_empty(),
+        "no latent is active on {MIN_ACTIVE} tokens of the refusing answers: the autoencoder has \
+         seen too little; train it on more"
+    );
+    let unsafe_prompts = first(&selection.unsafe_prompts, scale.n_selection_prompts);
+    let safe_prompts = first(&selection.safe_prompts, scale.n_selection_prompts);
+    let refusal_tokens = search.refusal_tokens(selection)?;
+    let candidates = search.candidates(&contrasts, unsafe_prompts, &refusal_tokens)?;
+    let chosen = search.choose(&candidates, unsafe_prompts, safe_prompts)?;
+
+    let (unrelated, random) = search.controls(&refusing.statistics, chosen.latent, seed)?;
+    Ok(Found {
+        latent: chosen.latent,
+        bundle: chosen.bundle,
+        unrelated,
+        random,
+        mean_difference: difference_of_means(refusing.starts, complying.starts),
+        candidates,
+        headline: chosen.headline,
+        n_selection_prompts: unsafe_prompts.len() + safe_prompts.len(),
+        refused_share: chosen.refused_share,
+    })
+}
+
+fn first(prompts: &[Prompt], n: usize) -> &[Prompt] {
+    &prompts[..n.min(prompts.len())]
+}
+
+struct Search<'a> {
+    loaded: &'a LoadedModel,
+    chats: &'a Chats<'a>,
+    trained: &'a TrainedSae,
+    point: HookPoint,
+    scale: &'a Scale,
+}
+
+/// What the latents do on a set of answers, and the activations where the answers begin.
+struct Answers {
+    statistics: LatentStatistics,
+    /// `[n_answers, d_model]`: at the last token before each answer.
+    starts: Tensor<2>,
+}
+
+struct Chosen {
+    latent: usize,
+    bundle: Vec<usize>,
+    headline: Treatment,
+    refused_share: f64,
+}
+
+impl Search<'_> {
+    fn sae(&self) -> &Sae {
+        &self.trained.sae
+    }
+
+    fn answers(&self, turns: &[Turn]) -> Result<Answers> {
+        let answered = turns
+            .iter()
+            .map(|turn| self.chats.answered(turn))
+            .collect::<Result<Vec<_>>>()?;
+        let ids: Vec<&[u32]> = answered.iter().map(|answered| answered.ids.as_slice()).collect();
+        let config = HarvestConfig {
+            point: self.point,
+            batch_tokens: BATCH_TOKENS,
+            skip_positions: 1,
+        };
+        let (mut statistics, mut starts) = (LatentStatistics::default(), Vec::new());
+        let sink = |harvested: model_hooks::Harvested| {
+            let activations = &harvested.activations;
+            let rows = |keep: &dyn Fn(usize, usize) -> bool| {
+                let places = harvested.places.iter().enumerate();
+                let kept = places.filter(|(_, place)| {
+                    keep(place.position, answered[place.text].answer_start)
+                });
+                let kept: Vec<i64> = kept.map(|(row, _)| row as i64).collect();
+                let n = kept.len();
+                let kept = burn::tensor::TensorData::new(kept, [n]);
+                activations.clone().select(0, Tensor::from_data(kept, &activations.device()))
+            };
+            let answer = rows(&|position, start| position >= start);
+            statistics.add(&self.sae().encode(answer));
+            starts.push(rows(&|position, start| position + 1 == start));
+            true
+        };
+        self.loaded
+            .model
+            .harvest(&ids, &SharedPrefix::default(), &config, sink)
+            .during("reading the selection answers")?;
+        Ok(Answers { statistics, starts: Tensor::cat(starts, 0) })
+    }
+
+    /// First tokens that are commoner in refusing than in complying answers.
+    fn refusal_tokens(&self, selection: &Selection) -> Result<Vec<u32>> {
+        let first_tokens = |turns: &[Turn]| {
+            let first = |turn: &Turn| {
+                let answered = self.chats.answered(turn)?;
+                Ok(answered.ids[answered.answer_start])
+            };
+            turns.iter().map(first).collect::<Result<Vec<u32>>>()
+        };
+        let refusing = first_tokens(&selection.refusals)?;
+        let complying = first_tokens(&selection.compliances)?;
+        let count = |ids: &[u32], id| ids.iter().filter(|&&other| other == id).count();
+        let mut tokens: Vec<u32> = refusing
+            .iter()
+            .copied()
+            .filter(|&id| count(&refusing, id) > count(&complying, id))
+            .collect();
+        tokens.sort_unstable();
+        tokens.dedup();
+        ensure!(!tokens.is_empty(), "refusing answers begin like complying ones");
+        Ok(tokens)
+    }
+
+    /// Ranks latents by contrast and by slope, then measures what clamping the best does to the
+    /// log-odds that an answer begins like a refusal.
+    fn candidates(
+        &self,
+        contrasts: &[Contrast],
+        prompts: &[Prompt],
+        tokens: &[u32],
+    ) -> Result<Vec<Candidate>> {
+        let rows = prompts
+            .iter()
+            .map(|prompt| self.chats.prompt(&[], &prompt.prompt))
+            .collect::<Result<Vec<_>>>()?;
+        let trial = Trial::new(self, &rows, tokens)?;
+        let slopes = trial.slopes()?;
+
+        // Half by contrast, half by what the gradient promises of a clamp to the same multiple.
+        let promise = |c: &Contrast| {
+            f64::from(slopes[c.latent]) * self.trained.max_activation(c.latent)
+        };
+        let mut by_promise: Vec<&Contrast> = contrasts.iter().filter(|c| c.difference > 0.0).collect();
+        by_promise.sort_by(|a, b| promise(b).total_cmp(&promise(a)));
+        let half = self.scale.n_candidates / 2;
+        let mut picked: Vec<&Contrast> = contrasts.iter().take(half).collect();
+        for contrast in by_promise {
+            if picked.len() >= self.scale.n_candidates {
+                break;
+            }
+            if !picked.iter().any(|other| other.latent == contrast.latent) {
+                picked.push(contrast);
+            }
+        }
+
+        let bar = bar("clamping candidates", picked.len() as u64);
+        let base = trial.mean_log_odds(None)?;
+        let mut candidates = Vec::new();
+        for contrast in picked {
+            let value = TRIAL_STRENGTH * self.trained.max_activation(contrast.latent);
+            let shift = trial.mean_log_odds(Some((contrast.latent, value)))? - base;
+            candidates.push(Candidate {
+                latent: contrast.latent,
+                contrast: contrast.difference,
+                log_odds_shift: shift,
+            });
+            bar.inc(1);
+        }
+        bar.finish();
+        candidates.sort_by(|a, b| b.log_odds_shift.total_cmp(&a.log_odds_shift));
+        Ok(candidates)
+    }
+
+    /// Tries the finalists, and a bundle of the best, by the answers that they make.
+    fn choose(
+        &self,
+        candidates: &[Candidate],
+        unsafe_prompts: &[Prompt],
+        safe_prompts: &[Prompt],
+    ) -> Result<Chosen> {
+        let ranked: Vec<usize> = candidates.iter().map(|candidate| candidate.latent).collect();
+        let finalists = &ranked[..self.scale.n_finalists.min(ranked.len())];
+        let bundle = ranked[..self.scale.bundle.min(ranked.len())].to_vec();
+        let generator = Generator::new(self.loaded, self.chats, &[], self.scale.max_new_tokens);
+        let prompts: Vec<&Prompt> = unsafe_prompts.iter().chain(safe_prompts).collect();
+        let trials: Vec<(Method, Vec<usize>)> = finalists
+            .iter()
+            .map(|&latent| (Method::Latent, vec![latent]))
+            .chain([(Method::Bundle, bundle.clone())])
+            .collect();
+
+        let n_trials = trials.len() * self.scale.strengths.len();
+        let bar = bar("trying finalists", n_trials as u64);
+        let mut best: Vec<(f64, f64, Method, usize, f64)> = Vec::new();
+        for (method, latents) in &trials {
+            for &strength in &self.scale.strengths {
+                let mut hook = self.trained.clamp(self.point, latents, strength)?;
+                let answers = generator.answers(&prompts, &mut hook, || ())?;
+                let outcome = |i: usize| PhraseJudge::default().judge(&prompts[i].prompt, &answers[i]);
+                let outcomes: Vec<Outcome> = (0..prompts.len()).map(outcome).collect();
+                let share = |outcomes: &[Outcome], wanted| {
+                    let n = outcomes.iter().filter(|&&outcome| outcome == wanted).count();
+                    n as f64 / outcomes.len().max(1) as f64
+                };
+                let refused = share(&outcomes[..unsafe_prompts.len()], Outcome::Refused);
+                let score = refused - share(&outcomes, Outcome::Degenerate);
+                best.push((score, refused, *method, latents[0], strength));
+                bar.inc(1);
+            }
+        }
+        bar.finish();
+        // The first of equals: the better candidate, the gentler strength.
+        let top = |method: Option<Method>| {
+            let of_method = best.iter().filter(|trial| method.is_none_or(|m| trial.2 == m));
+            of_method.fold(None, |top: Option<&(f64, f64, Method, usize, f64)>, trial| {
+                if top.is_some_and(|top| top.0 >= trial.0) { top } else { Some(trial) }
+            })
+        };
+        let (latent, headline) = match (top(Some(Method::Latent)), top(None)) {
+            (Some(latent), Some(headline)) => (latent.3, headline),
+            _ => anyhow::bail!("no strength was tried: pass at least one with --strengths"),
+        };
+        let treatment =
+            Treatment { arm: Arm::ZeroShot, method: headline.2, strength: headline.4 };
+        Ok(Chosen { latent, bundle, headline: treatment, refused_share: headline.1 })
+    }
+
+    /// A latent that never fires on refusing answers but about as often as `chosen` elsewhere, and
+    /// one drawn from all that fire.
+    fn controls(
+        &self,
+        refusing: &LatentStatistics,
+        chosen: usize,
+        seed: u64,
+    ) -> Result<(usize, usize)> {
+        let density = |latent: usize| self.trained.density(latent);
+        let alive: Vec<usize> = (0..self.sae().config().d_sae)
+            .filter(|&latent| latent != chosen && density(latent) > 0.0)
+            .collect();
+        let distance = |latent: usize| (density(latent).ln() - density(chosen).ln()).abs();
+        let unrelated = alive
+            .iter()
+            .copied()
+            .filter(|&latent| refusing.n_active(latent) == 0)
+            .min_by(|&a, &b| distance(a).total_cmp(&distance(b)));
+        let random = alive.choose(&mut ChaCha8Rng::seed_from_u64(seed ^ 0x00C0_FFEE)).copied();
+        match (unrelated, random) {
+            (Some(unrelated), Some(random)) => Ok((unrelated, random)),
+            _ => anyhow::bail!("no latent is left for a control: the autoencoder is too small"),
+        }
+    }
+}
+
+/// Prompts run up to the autoencoder once, so that each clamp costs only the blocks above.
+struct Trial<'a> {
+    search: &'a Search<'a>,
+    tokens: TokenBatch,
+    residual: Tensor<3>,
+    refusal_tokens: &'a [u32],
+    layer: usize,
+}
+
+impl<'a> Trial<'a> {
+    fn new(search: &'a Search<'_>, rows: &[Vec<u32>], refusal_tokens: &'a [u32]) -> Result<Self> {
+        let model = &search.loaded.model;
+        let layer = search.point.layer().unwrap_or(0);
+        let tokens = TokenBatch::new(rows, model.config(), model.device()).during("reading prompts")?;
+        let mut cache = ActivationCache::new([search.point]);
+        let residual = model.run_until(&tokens, layer + 1, &mut cache).during("reading prompts")?;
+        Ok(Self { search, tokens, residual, refusal_tokens, layer })
+    }
+
+    fn positions(&self) -> Positions {
+        Positions::new(0, 0, self.tokens.dims()[1], self.tokens.padding().to_vec())
+    }
+
+    /// Logits where the answers begin, from a residual after the autoencoder's block.
+    fn logits(&self, residual: Tensor<3>) -> Result<Tensor<2>> {
+        let model = &self.search.loaded.model;
+        let padding = self.tokens.padding().to_vec();
+        let mut cache = model.cache(SharedPrefix::default(), padding);
+        let layers = self.layer + 1..model.config().n_layers;
+        let end = model.blocks(residual, layers, &mut cache, &mut ()).during("trying a clamp")?;
+        Ok(model.unembed_last(end, &self.positions(), &mut ()))
+    }
+
+    fn mean_log_odds(&self, clamp: Option<(usize, f64)>) -> Result<f64> {
+        let mut residual = self.residual.clone();
+        if let Some(clamp) = clamp {
+            let sae = &self.search.trained.sae;
+            let intervention = Intervention::Clamp { sae, values: vec![clamp] };
+            let mut steering = Steering::new(self.search.point, intervention, 1)?;
+            residual = steering.at(self.search.point, residual, &self.positions());
+        }
+        let logits = self.logits(residual)?;
+        let [n, d_vocab] = logits.dims();
+        let logits = logits.into_data();
+        let logits = logits.as_slice::<f32>().expect("logits are f32");
+        let odds = logits.chunks(d_vocab).map(|row| log_odds(row, self.refusal_tokens));
+        Ok(odds.sum::<f64>() / n as f64)
+    }
+
+    /// How fast the mean log-odds rise with each latent, by one backward pass.
+    fn slopes(&self) -> Result<Vec<f32>> {
+        let point = self.search.point;
+        let mut probe = Probe::new([point]);
+        let residual = probe.at(point, self.residual.clone(), &self.positions());
+        let [batch, n, d_model] = residual.dims();
+        let log_probs = log_softmax(self.logits(residual)?, 1);
+        let ids: Vec<i64> = self.refusal_tokens.iter().map(|&id| i64::from(id)).collect();
+        let ids = burn::tensor::TensorData::new(ids, [self.refusal_tokens.len()]);
+        let ids = Tensor::from_data(ids, &self.residual.device());
+        let within = log_probs.select(1, ids).exp().sum_dim(1);
+        let odds = within.clone().log() - (-within + 1.0).log();
+        let grads = odds.mean().backward();
+        let gradient = probe.gradient::<3>(point, &grads).expect("the probe was passed");
+        // Position 0 is left alone by every clamp.
+        let gradient = gradient * self.positions().mask_from(1, &self.residual.device());
+        let slopes = clamp_slopes(self.search.sae(), gradient.reshape([batch * n, d_model]));
+        slopes.into_data().try_to_vec().map_err(|error| anyhow::anyhow!("{error:?}"))
+    }
+}
