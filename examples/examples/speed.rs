@@ -1,38 +1,44 @@
+//! x
 use std::time::Instant;
 use model_hooks::*;
 use burn::tensor::*;
-fn time(name: &str, n: usize, mut f: impl FnMut()) { f(); let mut best = f64::MAX; for _ in 0..3 { let t = Instant::now(); f(); best = best.min(t.elapsed().as_secs_f64()); } println!("{name}: {:.1} ms, {:.0} /s", best*1e3, n as f64/best); }
+fn time(name: &str, n: usize, mut f: impl FnMut()) { f(); let mut best = f64::MAX; for _ in 0..5 { let t = Instant::now(); f(); best = best.min(t.elapsed().as_secs_f64()); } println!("{name}: {:.2} ms, {:.0} /s", best*1e3, n as f64/best); }
 fn main() {
     examples::allocator::keep_pages();
     let dev = Device::flex();
-    let t = Instant::now();
     let l = examples::assets::load_model(None, &dev).unwrap();
-    println!("load {:?}", t.elapsed());
     let m = &l.model;
-    for (a,b,c) in [(1024usize,576usize,1536usize),(1024,1536,576),(1024,576,576),(1024,576,192),(40,576,1536),(40,576,49152),(1,576,1536),(1,576,49152)] {
-        let x = Tensor::<2>::ones([a,b], &dev); let w = Tensor::<2>::ones([b,c], &dev);
-        let t = Instant::now(); let mut k = 0; while t.elapsed().as_secs_f64() < 0.3 { let _ = x.clone().matmul(w.clone()); k += 1; }
-        let s = t.elapsed().as_secs_f64()/k as f64; println!("gemm {a}x{b}x{c}: {:.2} ms {:.0} GFLOP/s", s*1e3, 2e-9*(a*b*c) as f64/s);
+    for n in [1, 8, 40] {
+    let x = Tensor::<2>::ones([n,576], &dev); let w = Tensor::<2>::ones([49152,576], &dev);
+    time(&format!("dot_rows {n}"), n, || { let _ = kernels::dot_rows(x.clone(), w.clone()); });
+    time(&format!("gemm T {n}"), n, || { let _ = x.clone().matmul(w.clone().transpose()); });
     }
+    let x = Tensor::<2>::ones([40,576], &dev); let w = Tensor::<2>::ones([576,1536], &dev); let w2 = Tensor::<2>::ones([1536,576], &dev); let ws = Tensor::<2>::ones([576,576], &dev); let wk = Tensor::<2>::ones([576,192], &dev);
+    time("gemm 40x576x1536", 1, || { let _ = x.clone().matmul(w.clone()); });
+    let y = Tensor::<2>::ones([40,1536], &dev);
+    time("gemm 40x1536x576", 1, || { let _ = y.clone().matmul(w2.clone()); });
+    time("gemm 40x576x576", 1, || { let _ = x.clone().matmul(ws.clone()); });
+    time("gemm 40x576x192", 1, || { let _ = x.clone().matmul(wk.clone()); });
+    let q = Tensor::<4>::ones([40,1,9,64], &dev); let kv = Tensor::<4>::ones([40,40,3,64], &dev);
+    time("attention decode 40x40", 1, || { let _ = kernels::attention(q.clone(), kernels::KeyValues{prefix:None, own:(kv.clone(), kv.clone())}, Tensor::<1,Int>::zeros([40], &dev), 0.125); });
+    let k1 = Tensor::<4>::ones([40,1,3,64], &dev);
+    time("cat", 1, || { let _ = Tensor::cat(vec![kv.clone(), k1.clone()], 1); });
+    let cs = Tensor::<3>::ones([40,1,32], &dev);
+    time("rotary", 1, || { let _ = kernels::rotary(q.clone(), cs.clone(), cs.clone()); });
+    let g = Tensor::<1>::ones([576], &dev);
+    time("rms_norm", 1, || { let _ = kernels::rms_norm(x.clone(), g.clone(), 1e-5); });
+    time("silu", 1, || { let _ = kernels::silu_mul(y.clone(), y.clone()); });
+    time("add", 1, || { let _ = x.clone() + x.clone(); });
     let rows: Vec<Vec<u32>> = (0..8).map(|r| (0..128).map(|i| (i*37+r*11+5) as u32 % 40000).collect()).collect();
     let tok = TokenBatch::new(&rows, m.config(), &dev).unwrap();
     time("embed..13 blocks [8,128]", 1024, || { let _ = m.run_until(&tok, 13, &mut ()).unwrap(); });
+    time("30 blocks", 1024, || { let _ = m.run_until(&tok, 30, &mut ()).unwrap(); });
     time("full last logits", 1024, || { let _ = m.last_logits(&tok, &mut ()).unwrap(); });
-    time("full logits", 1024, || { let _ = m.logits(&tok, &mut ()).unwrap(); });
-    for n in [1, 40, 80] {
+    for n in [40] {
         let prompts: Vec<Vec<u32>> = (0..n).map(|r| (0..24).map(|i| (i*31+r*7+9) as u32 % 40000).collect()).collect();
-        let cfg = GenerateConfig { max_new_tokens: 1, min_new_tokens: 0, stop_ids: vec![] };
-        time(&format!("prefill batch {n}x24"), n*24, || { let _ = m.generate(&prompts, &SharedPrefix::default(), &cfg, &mut (), |_| ()).unwrap(); });
         let cfg = GenerateConfig { max_new_tokens: 17, min_new_tokens: 0, stop_ids: vec![] };
-        time(&format!("prefill+16 decode batch {n}"), n*16, || { let _ = m.generate(&prompts, &SharedPrefix::default(), &cfg, &mut (), |_| ()).unwrap(); });
+        let t = Instant::now();
+        let mut last = t.elapsed().as_secs_f64();
+        let _ = m.generate(&prompts, &SharedPrefix::default(), &cfg, &mut (), |_| { let now = t.elapsed().as_secs_f64(); println!("step {:.1}", 1e3*(now-last)); last = now; }).unwrap();
     }
-    let x = Tensor::<2>::ones([1024,1536], &dev);
-    time("silu_mul", 1, || { let _ = kernels::silu_mul(x.clone(), x.clone()); });
-    let q = Tensor::<4>::ones([8,128,9,64], &dev); let kv = Tensor::<4>::ones([8,128,3,64], &dev);
-    time("attention", 1, || { let _ = kernels::attention(q.clone(), kernels::KeyValues{prefix:None, own:(kv.clone(), kv.clone())}, Tensor::<1,Int>::zeros([8], &dev), 0.125); });
-    let x = Tensor::<2>::ones([1024,576], &dev); let g = Tensor::<1>::ones([576], &dev);
-    time("rms_norm", 1, || { let _ = kernels::rms_norm(x.clone(), g.clone(), 1e-5); });
-    time("add", 1, || { let _ = x.clone() + x.clone(); });
-    let cs = Tensor::<3>::ones([8,128,32], &dev);
-    time("rotary", 1, || { let _ = kernels::rotary(q.clone(), cs.clone(), cs.clone()); });
 }

@@ -10,8 +10,7 @@
 //! | [`top_k`] | none: the values are cut from the graph |
 //! | [`top_k_encode`] | sparse, at the selected entries |
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
-//! | [`sparse_dot`] | through the plain default |
-//! | [`rms_norm`], [`silu_mul`], [`rotary`], [`attention`] | through the plain default |
+//! | [`sparse_dot`], [`dot_rows`], [`rms_norm`], [`silu_mul`], [`rotary`], [`attention`] | through the plain default |
 //! | [`adam_step`] | none |
 
 mod autodiff;
@@ -120,6 +119,18 @@ pub fn sparse_dot(indices: Tensor<2, Int>, rows: Tensor<2>, x: Tensor<2>) -> Ten
         rows.into_dispatch(),
         x.into_dispatch(),
     ))
+}
+
+/// `x · rowsᵀ`: a product with a matrix that lies transposed, as embeddings do.
+///
+/// # Shapes
+/// `x`: `[n, d]`, `rows`: `[m, d]`; result: `[n, m]`.
+///
+/// # Panics
+/// If the widths differ.
+pub fn dot_rows(x: Tensor<2>, rows: Tensor<2>) -> Tensor<2> {
+    assert_eq!(x.dims()[1], rows.dims()[1], "dot_rows: the widths differ");
+    Tensor::from_dispatch(Dispatch::dot_rows(x.into_dispatch(), rows.into_dispatch()))
 }
 
 /// `x / sqrt(mean(x²) + epsilon) ⊙ gain` over the last axis (Zhang & Sennrich, 2019).

@@ -133,6 +133,10 @@ pub trait KernelOps: Backend {
         )
     }
 
+    fn dot_rows(x: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_matmul(x, Self::float_transpose(rows))
+    }
+
     fn rms_norm(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f64) -> FloatTensor<Self> {
         let d = x.shape()[1];
         let square = Self::float_mul(x.clone(), x.clone());

@@ -125,6 +125,18 @@ proptest! {
     }
 
     #[test]
+    fn products_with_rows_match_their_defaults(n in 1..20usize, d in 1..70usize, m in 1..1100usize, seed: u64) {
+        let run = |device: &Device| kernels::dot_rows(noise([n, d], seed, device), noise([m, d], seed ^ 1, device));
+        assert_close(run(&device()), run(&device().autodiff()).inner());
+        let k = m.min(5);
+        let run = |device: &Device| {
+            let indices = some_indices(n, k, m, seed, device);
+            kernels::sparse_dot(indices, noise([m, d], seed ^ 1, device), noise([n, d], seed, device))
+        };
+        assert_close(run(&device()), run(&device().autodiff()).inner());
+    }
+
+    #[test]
     fn rotary_matches_its_default(batch in 1..4usize, pos in 1..6usize, heads in 1..4usize, half in 1..9usize, seed: u64) {
         let run = |device: &Device| {
             let angles = noise::<3>([batch, pos, half], seed, device) * 9.0;

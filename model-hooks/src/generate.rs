@@ -101,9 +101,12 @@ fn argmax(logits: Tensor<2>, banned: &[u32]) -> Vec<u32> {
     let logits = logits.into_data();
     let logits = logits.as_slice::<f32>().expect("logits are f32");
     let best = |row: &[f32]| {
-        let allowed = (0..).zip(row).filter(|(id, _)| !banned.contains(id));
-        let first = (0, f32::NEG_INFINITY);
-        let best = allowed.fold(first, |best, (id, &x)| if x > best.1 { (id, x) } else { best });
+        let mut best = (0, f32::NEG_INFINITY);
+        for (id, &logit) in (0..).zip(row) {
+            if logit > best.1 && !banned.contains(&id) {
+                best = (id, logit);
+            }
+        }
         best.0
     };
     logits.chunks(d_vocab).map(best).collect()

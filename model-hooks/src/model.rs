@@ -241,7 +241,8 @@ impl LanguageModel {
     ) -> Tensor<3> {
         let [batch, n, d_model] = residual.dims();
         let normed = self.norm_final(residual, positions, hook);
-        let logits = self.network.unembed.forward(normed.reshape([batch * n, d_model]));
+        let rows = normed.reshape([batch * n, d_model]);
+        let logits = kernels::dot_rows(rows, self.network.unembedding.clone());
         logits.reshape([batch, n, self.config.d_vocab])
     }
 
@@ -259,7 +260,7 @@ impl LanguageModel {
         let [batch, n, d_model] = residual.dims();
         let normed = self.norm_final(residual, positions, hook);
         let last = normed.narrow(1, n - 1, 1).reshape([batch, d_model]);
-        self.network.unembed.forward(last)
+        kernels::dot_rows(last, self.network.unembedding.clone())
     }
 
     pub(crate) fn norm_final<H: Hook>(

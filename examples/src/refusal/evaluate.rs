@@ -18,11 +18,15 @@ use crate::progress::bar;
 use crate::results::{self, Arm, Example, Generation, Method, Row, Treatment};
 
 /// Conversations generated together.
-const BATCH_ROWS: usize = 40;
+const BATCH_ROWS: usize = 80;
 /// Tokens of a pass that measures perplexity.
 const BATCH_TOKENS: usize = 512;
 /// Position 0 is left alone: the autoencoder has not seen it.
 const FROM_POSITION: usize = 1;
+/// How many times the mean difference is added.
+const MEAN_DIFFERENCE_STRENGTHS: [f64; 3] = [0.5, 1.0, 2.0];
+/// Controls reach as far as the chosen latent does at the strongest of its strengths.
+const N_CONTROL_STRENGTHS: usize = 2;
 /// Answers shown before and after.
 const N_EXAMPLES: usize = 5;
 
@@ -157,20 +161,16 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
 impl Setup<'_> {
     /// Every method with its strengths; the unsteered model first.
     fn doses(&self) -> Vec<(Method, f64)> {
-        let strengths = &self.scale.strengths;
-        let headline = self.found.headline.strength;
-        let all = |method| strengths.iter().map(move |&strength| (method, strength));
-        let strongest = strengths.iter().copied().fold(headline, f64::max);
-        // Controls at the strength of the headline, and at the strongest.
-        let mut both = vec![headline, strongest];
-        both.dedup();
+        let Scale { strengths, bundle_strengths, .. } = self.scale;
+        let latent = strengths.iter().map(|&strength| (Method::Latent, strength));
+        let bundle = bundle_strengths.iter().map(|&strength| (Method::Bundle, strength));
         let controls = [Method::UnrelatedLatent, Method::RandomLatent, Method::RandomDirection];
         std::iter::once((Method::Base, 0.0))
-            .chain(all(Method::Latent))
-            .chain(all(Method::Bundle))
-            .chain([(Method::MeanDifference, 0.5), (Method::MeanDifference, 1.0)])
+            .chain(latent)
+            .chain(bundle)
+            .chain(MEAN_DIFFERENCE_STRENGTHS.map(|strength| (Method::MeanDifference, strength)))
             .chain(controls.into_iter().flat_map(|method| {
-                both.clone().into_iter().map(move |strength| (method, strength))
+                strengths.iter().rev().take(N_CONTROL_STRENGTHS).rev().map(move |&s| (method, s))
             }))
             .collect()
     }

@@ -1,14 +1,15 @@
 //! From answers to latents: which ones are behind refusing, and which are not.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use attribution::clamp_slopes;
-use burn::tensor::Tensor;
 use burn::tensor::activation::log_softmax;
+use burn::tensor::{Tensor, TensorData};
 use model_hooks::{
-    ActivationCache, HarvestConfig, Hook, HookPoint, Positions, Probe, SharedPrefix, TokenBatch,
+    ActivationCache, HarvestConfig, Harvested, Hook, HookPoint, Place, Positions, Probe,
+    SharedPrefix, TokenBatch,
 };
-use rand::seq::IndexedRandom;
 use rand::SeedableRng;
+use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use sae_core::Sae;
 use steering::{
@@ -43,7 +44,7 @@ pub(super) struct Found {
     pub(super) unrelated: usize,
     /// Drawn from all that fire at all.
     pub(super) random: usize,
-    /// Mean activation on refused requests − on answered ones, where the answer begins.
+    /// Mean activation on the tokens of refusing answers − on those of complying ones.
     pub(super) mean_difference: Tensor<1>,
     /// All candidates, by their effect on the log-odds.
     pub(super) candidates: Vec<Candidate>,
@@ -105,28 +106,34 @@ pub(super) fn find(
     let search = Search { loaded, chats, trained, point, scale };
     let refusing = search.answers(&selection.refusals)?;
     let complying = search.answers(&selection.compliances)?;
-    let contrasts = contrast(&refusing.statistics, &complying.statistics, MIN_ACTIVE);
+    let contrasts = contrast(&refusing.answers, &complying.answers, MIN_ACTIVE);
     ensure!(
         !contrasts.is_empty(),
         "no latent is active on {MIN_ACTIVE} tokens of the refusing answers: the autoencoder has \
          seen too little; train it on more"
     );
     let unsafe_prompts = first(&selection.unsafe_prompts, scale.n_selection_prompts);
-    let safe_prompts = first(&selection.safe_prompts, scale.n_selection_prompts);
     let refusal_tokens = search.refusal_tokens(selection)?;
-    let candidates = search.candidates(&contrasts, unsafe_prompts, &refusal_tokens)?;
-    let chosen = search.choose(&candidates, unsafe_prompts, safe_prompts)?;
+    let rows = unsafe_prompts
+        .iter()
+        .map(|prompt| chats.prompt(&[], &prompt.prompt))
+        .collect::<Result<Vec<_>>>()?;
+    let trial = Trial::new(&search, &rows, &refusal_tokens)?;
+    let slopes = trial.slopes()?;
+    let candidates = search.candidates(&contrasts, &trial, &slopes)?;
+    let chosen = search.choose(&candidates, unsafe_prompts)?;
 
-    let (unrelated, random) = search.controls(&refusing.statistics, chosen.latent, seed)?;
+    let (unrelated, random) =
+        search.controls(&refusing.conversations, &slopes, chosen.latent, seed)?;
     Ok(Found {
         latent: chosen.latent,
         bundle: chosen.bundle,
         unrelated,
         random,
-        mean_difference: difference_of_means(refusing.starts, complying.starts),
+        mean_difference: difference_of_means(refusing.activations, complying.activations),
         candidates,
         headline: chosen.headline,
-        n_selection_prompts: unsafe_prompts.len() + safe_prompts.len(),
+        n_selection_prompts: unsafe_prompts.len(),
         refused_share: chosen.refused_share,
     })
 }
@@ -143,11 +150,24 @@ struct Search<'a> {
     scale: &'a Scale,
 }
 
-/// What the latents do on a set of answers, and the activations where the answers begin.
+/// What the latents do on a set of conversations.
 struct Answers {
-    statistics: LatentStatistics,
-    /// `[n_answers, d_model]`: at the last token before each answer.
-    starts: Tensor<2>,
+    /// On the tokens of the answers.
+    answers: LatentStatistics,
+    /// On all tokens but the first of each conversation.
+    conversations: LatentStatistics,
+    /// Activations of the answers' tokens, `[n_tokens, d_model]`.
+    activations: Tensor<2>,
+}
+
+/// Latents clamped at a strength, and what came of it on the selection prompts.
+struct Attempt {
+    latents: Vec<usize>,
+    strength: f64,
+    /// Share of the prompts refused.
+    refused: f64,
+    /// The same less the share of degenerate answers.
+    score: f64,
 }
 
 struct Chosen {
@@ -173,29 +193,26 @@ impl Search<'_> {
             batch_tokens: BATCH_TOKENS,
             skip_positions: 1,
         };
-        let (mut statistics, mut starts) = (LatentStatistics::default(), Vec::new());
-        let sink = |harvested: model_hooks::Harvested| {
-            let activations = &harvested.activations;
-            let rows = |keep: &dyn Fn(usize, usize) -> bool| {
-                let places = harvested.places.iter().enumerate();
-                let kept = places.filter(|(_, place)| {
-                    keep(place.position, answered[place.text].answer_start)
-                });
-                let kept: Vec<i64> = kept.map(|(row, _)| row as i64).collect();
-                let n = kept.len();
-                let kept = burn::tensor::TensorData::new(kept, [n]);
-                activations.clone().select(0, Tensor::from_data(kept, &activations.device()))
-            };
-            let answer = rows(&|position, start| position >= start);
-            statistics.add(&self.sae().encode(answer));
-            starts.push(rows(&|position, start| position + 1 == start));
+        let (mut answers, mut conversations) = <(LatentStatistics, LatentStatistics)>::default();
+        let mut kept = Vec::new();
+        let sink = |harvested: Harvested| {
+            let Harvested { activations, places } = harvested;
+            let in_answer = |place: &Place| place.position >= answered[place.text].answer_start;
+            let rows = (0..).zip(&places).filter(|(_, place)| in_answer(place));
+            let rows: Vec<i64> = rows.map(|(row, _)| row).collect();
+            let rows = TensorData::new(rows.clone(), [rows.len()]);
+            let rows = Tensor::from_data(rows, &activations.device());
+            conversations.add(&self.sae().encode(activations.clone()));
+            let activations = activations.select(0, rows);
+            answers.add(&self.sae().encode(activations.clone()));
+            kept.push(activations);
             true
         };
         self.loaded
             .model
             .harvest(&ids, &SharedPrefix::default(), &config, sink)
             .during("reading the selection answers")?;
-        Ok(Answers { statistics, starts: Tensor::cat(starts, 0) })
+        Ok(Answers { answers, conversations, activations: Tensor::cat(kept, 0) })
     }
 
     /// First tokens that are commoner in refusing than in complying answers.
@@ -226,16 +243,9 @@ impl Search<'_> {
     fn candidates(
         &self,
         contrasts: &[Contrast],
-        prompts: &[Prompt],
-        tokens: &[u32],
+        trial: &Trial<'_>,
+        slopes: &[f32],
     ) -> Result<Vec<Candidate>> {
-        let rows = prompts
-            .iter()
-            .map(|prompt| self.chats.prompt(&[], &prompt.prompt))
-            .collect::<Result<Vec<_>>>()?;
-        let trial = Trial::new(self, &rows, tokens)?;
-        let slopes = trial.slopes()?;
-
         // Half by contrast, half by what the gradient promises of a clamp to the same multiple.
         let promise = |c: &Contrast| {
             f64::from(slopes[c.latent]) * self.trained.max_activation(c.latent)
@@ -271,65 +281,71 @@ impl Search<'_> {
         Ok(candidates)
     }
 
-    /// Tries the finalists, and a bundle of the best, by the answers that they make.
-    fn choose(
-        &self,
-        candidates: &[Candidate],
-        unsafe_prompts: &[Prompt],
-        safe_prompts: &[Prompt],
-    ) -> Result<Chosen> {
-        let ranked: Vec<usize> = candidates.iter().map(|candidate| candidate.latent).collect();
-        let finalists = &ranked[..self.scale.n_finalists.min(ranked.len())];
-        let bundle = ranked[..self.scale.bundle.min(ranked.len())].to_vec();
-        let generator = Generator::new(self.loaded, self.chats, &[], self.scale.max_new_tokens);
-        let prompts: Vec<&Prompt> = unsafe_prompts.iter().chain(safe_prompts).collect();
-        let trials: Vec<(Method, Vec<usize>)> = finalists
-            .iter()
-            .map(|&latent| (Method::Latent, vec![latent]))
-            .chain([(Method::Bundle, bundle.clone())])
-            .collect();
-
-        let n_trials = trials.len() * self.scale.strengths.len();
+    /// Tries the finalists, then a bundle of the best of them, by the answers that they make.
+    fn choose(&self, candidates: &[Candidate], prompts: &[Prompt]) -> Result<Chosen> {
+        let Scale { n_finalists, strengths, bundle_strengths, .. } = self.scale;
+        let finalists = &candidates[..candidates.len().min(*n_finalists)];
+        let n_trials = finalists.len() * strengths.len() + bundle_strengths.len();
         let bar = bar("trying finalists", n_trials as u64);
-        let mut best: Vec<(f64, f64, Method, usize, f64)> = Vec::new();
-        for (method, latents) in &trials {
-            for &strength in &self.scale.strengths {
-                let mut hook = self.trained.clamp(self.point, latents, strength)?;
-                let answers = generator.answers(&prompts, &mut hook, || ())?;
-                let outcome = |i: usize| PhraseJudge::default().judge(&prompts[i].prompt, &answers[i]);
-                let outcomes: Vec<Outcome> = (0..prompts.len()).map(outcome).collect();
-                let share = |outcomes: &[Outcome], wanted| {
-                    let n = outcomes.iter().filter(|&&outcome| outcome == wanted).count();
-                    n as f64 / outcomes.len().max(1) as f64
-                };
-                let refused = share(&outcomes[..unsafe_prompts.len()], Outcome::Refused);
-                let score = refused - share(&outcomes, Outcome::Degenerate);
-                best.push((score, refused, *method, latents[0], strength));
+        let prompts: Vec<&Prompt> = prompts.iter().collect();
+        let attempt = |latents: &[usize], strengths: &[f64]| -> Result<Attempt> {
+            let mut best: Option<Attempt> = None;
+            for &strength in strengths {
+                let tried = self.attempt(latents, strength, &prompts)?;
                 bar.inc(1);
+                // Of equals, the gentler.
+                if best.as_ref().is_none_or(|best| tried.score > best.score) {
+                    best = Some(tried);
+                }
             }
-        }
+            best.context("no strength was tried: pass at least one with --strengths")
+        };
+        let mut alone = finalists
+            .iter()
+            .map(|candidate| attempt(&[candidate.latent], strengths))
+            .collect::<Result<Vec<_>>>()?;
+        // Stable: of equals, the better candidate stays first.
+        alone.sort_by(|a, b| b.score.total_cmp(&a.score));
+        let bundle: Vec<usize> =
+            alone.iter().take(self.scale.bundle).flat_map(|tried| tried.latents.clone()).collect();
+        let together = attempt(&bundle, bundle_strengths)?;
         bar.finish();
-        // The first of equals: the better candidate, the gentler strength.
-        let top = |method: Option<Method>| {
-            let of_method = best.iter().filter(|trial| method.is_none_or(|m| trial.2 == m));
-            of_method.fold(None, |top: Option<&(f64, f64, Method, usize, f64)>, trial| {
-                if top.is_some_and(|top| top.0 >= trial.0) { top } else { Some(trial) }
-            })
+
+        let single = &alone[0];
+        let (method, best) = match together.score > single.score {
+            true => (Method::Bundle, &together),
+            false => (Method::Latent, single),
         };
-        let (latent, headline) = match (top(Some(Method::Latent)), top(None)) {
-            (Some(latent), Some(headline)) => (latent.3, headline),
-            _ => anyhow::bail!("no strength was tried: pass at least one with --strengths"),
-        };
-        let treatment =
-            Treatment { arm: Arm::ZeroShot, method: headline.2, strength: headline.4 };
-        Ok(Chosen { latent, bundle, headline: treatment, refused_share: headline.1 })
+        Ok(Chosen {
+            latent: single.latents[0],
+            headline: Treatment { arm: Arm::ZeroShot, method, strength: best.strength },
+            refused_share: best.refused,
+            bundle,
+        })
     }
 
-    /// A latent that never fires on refusing answers but about as often as `chosen` elsewhere, and
-    /// one drawn from all that fire.
+    /// Answers to the selection prompts with some latents clamped.
+    fn attempt(&self, latents: &[usize], strength: f64, prompts: &[&Prompt]) -> Result<Attempt> {
+        let generator = Generator::new(self.loaded, self.chats, &[], self.scale.max_new_tokens);
+        let mut hook = self.trained.clamp(self.point, latents, strength)?;
+        let answers = generator.answers(prompts, &mut hook, || ())?;
+        let judge = PhraseJudge::default();
+        let share = |wanted: Outcome| {
+            let outcomes = prompts.iter().zip(&answers);
+            let outcomes = outcomes.map(|(prompt, answer)| judge.judge(&prompt.prompt, answer));
+            outcomes.filter(|&outcome| outcome == wanted).count() as f64 / prompts.len() as f64
+        };
+        let refused = share(Outcome::Refused);
+        let score = refused - share(Outcome::Degenerate);
+        Ok(Attempt { latents: latents.to_vec(), strength, refused, score })
+    }
+
+    /// A latent that never fires in refused conversations, about as often as `chosen` elsewhere,
+    /// and promises least for the log-odds of refusing; and one drawn from all that fire.
     fn controls(
         &self,
         refusing: &LatentStatistics,
+        slopes: &[f32],
         chosen: usize,
         seed: u64,
     ) -> Result<(usize, usize)> {
@@ -337,17 +353,17 @@ impl Search<'_> {
         let alive: Vec<usize> = (0..self.sae().config().d_sae)
             .filter(|&latent| latent != chosen && density(latent) > 0.0)
             .collect();
-        let distance = |latent: usize| (density(latent).ln() - density(chosen).ln()).abs();
-        let unrelated = alive
-            .iter()
-            .copied()
-            .filter(|&latent| refusing.n_active(latent) == 0)
-            .min_by(|&a, &b| distance(a).total_cmp(&distance(b)));
+        let alike = |&latent: &usize| (density(latent) / density(chosen)).ln().abs() < 2f64.ln();
+        let silent: Vec<usize> =
+            alive.iter().copied().filter(|&latent| refusing.n_active(latent) == 0).collect();
+        let among: Vec<usize> = silent.iter().copied().filter(alike).collect();
+        let among = if among.is_empty() { silent } else { among };
+        let unrelated =
+            among.into_iter().min_by(|&a, &b| slopes[a].abs().total_cmp(&slopes[b].abs()));
         let random = alive.choose(&mut ChaCha8Rng::seed_from_u64(seed ^ 0x00C0_FFEE)).copied();
-        match (unrelated, random) {
-            (Some(unrelated), Some(random)) => Ok((unrelated, random)),
-            _ => anyhow::bail!("no latent is left for a control: the autoencoder is too small"),
-        }
+        unrelated
+            .zip(random)
+            .context("no latent is left for a control: the autoencoder is too small")
     }
 }
 
@@ -408,7 +424,7 @@ impl<'a> Trial<'a> {
         let [batch, n, d_model] = residual.dims();
         let log_probs = log_softmax(self.logits(residual)?, 1);
         let ids: Vec<i64> = self.refusal_tokens.iter().map(|&id| i64::from(id)).collect();
-        let ids = burn::tensor::TensorData::new(ids, [self.refusal_tokens.len()]);
+        let ids = TensorData::new(ids, [self.refusal_tokens.len()]);
         let ids = Tensor::from_data(ids, &self.residual.device());
         let within = log_probs.select(1, ids).exp().sum_dim(1);
         let odds = within.clone().log() - (-within + 1.0).log();

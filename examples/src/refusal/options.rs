@@ -33,9 +33,6 @@ pub struct Options {
     /// Strengths to clamp latents to, as multiples of their largest activation in training
     #[arg(long, value_name = "X", num_args = 1.., value_delimiter = ',')]
     pub strengths: Vec<f64>,
-    /// Clamp this latent instead of searching for one; may be given several times
-    #[arg(long = "latent", value_name = "ID")]
-    pub latents: Vec<usize>,
     /// Train the autoencoder anew even if it is in the cache
     #[arg(long)]
     pub retrain: bool,
@@ -68,8 +65,10 @@ pub struct Scale {
     pub max_new_tokens: usize,
     /// Tokens of held-out text for perplexities.
     pub n_perplexity_tokens: usize,
-    /// Multiples of the largest activation.
+    /// Multiples of the largest activation to clamp one latent to.
     pub strengths: Vec<f64>,
+    /// The same for the latents of a bundle, which add up.
+    pub bundle_strengths: Vec<f64>,
 }
 
 /// How large the training of the autoencoder is.
@@ -91,6 +90,7 @@ impl Options {
         let mut scale = if self.quick { Scale::quick() } else { Scale::default() };
         if !self.strengths.is_empty() {
             scale.strengths.clone_from(&self.strengths);
+            scale.bundle_strengths.clone_from(&self.strengths);
         }
         scale
     }
@@ -99,16 +99,17 @@ impl Options {
 impl Default for Scale {
     fn default() -> Self {
         Self {
-            training: TrainingScale { n_tokens: 200_000, n_passes: 4, expansion: 8, batch: 2048 },
+            training: TrainingScale { n_tokens: 200_000, n_passes: 4, expansion: 8, batch: 1024 },
             k: 32,
             n_test_prompts: 80,
             n_selection_prompts: 24,
             n_candidates: 32,
-            n_finalists: 4,
+            n_finalists: 8,
             bundle: 5,
             max_new_tokens: 24,
             n_perplexity_tokens: 2_000,
             strengths: vec![0.5, 1.0, 1.5, 2.0],
+            bundle_strengths: vec![0.4, 0.6, 0.8, 1.0],
         }
     }
 }
@@ -117,14 +118,15 @@ impl Scale {
     /// For CI: minutes on two cores, and still strong enough to show the effect.
     pub fn quick() -> Self {
         Self {
-            training: TrainingScale { n_tokens: 40_000, n_passes: 5, expansion: 4, batch: 1024 },
+            training: TrainingScale { n_tokens: 40_000, n_passes: 6, expansion: 4, batch: 1024 },
             n_test_prompts: 25,
             n_selection_prompts: 12,
-            n_candidates: 16,
-            n_finalists: 3,
+            n_candidates: 24,
+            n_finalists: 6,
             max_new_tokens: 20,
             n_perplexity_tokens: 600,
             strengths: vec![1.0, 2.0],
+            bundle_strengths: vec![0.5, 0.8],
             ..Self::default()
         }
     }

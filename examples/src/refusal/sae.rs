@@ -11,7 +11,7 @@ use model_hooks::{
 };
 use sae_core::format::saelens;
 use sae_core::metrics::{Reconstruction, ce_recovered};
-use sae_core::train::{ActivationMatrix, TrainConfig, Trainer};
+use sae_core::train::{ActivationMatrix, Schedule, TrainConfig, Trainer};
 use sae_core::{ErrorTerm, Sae, Splice};
 use serde::{Deserialize, Serialize};
 use steering::{Intervention, Steering, SteeringError};
@@ -28,6 +28,8 @@ use crate::storage::{cache_folder, hash_bytes, write_whole};
 const BATCH_TOKENS: usize = 1024;
 /// Position 0 carries an activation unlike all others.
 const SKIP_POSITIONS: usize = 1;
+/// High, because the run is short.
+const LEARNING_RATE: f64 = 1e-3;
 /// Activations encoded at a time.
 const ENCODE_ROWS: usize = 4096;
 /// Tokens remembered for each latent.
@@ -127,6 +129,7 @@ pub(super) fn trained_sae(
         .with_batch(scale.training.batch)
         .with_n_passes(scale.training.n_passes)
         .with_clip_norm(Some(1.0))
+        .with_schedule(Schedule::new().with_learning_rate(LEARNING_RATE))
         .with_seed(options.seed);
     let folder = cache_folder()?.join("sae").join(key(loaded, corpus, point, &config));
     if !options.retrain

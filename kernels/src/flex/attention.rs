@@ -1,16 +1,14 @@
-//! Causal grouped-query attention: keys and values are read where they lie, a shared prefix once
-//! for all rows of the batch, and no `[query, key]` matrix outlives a block of four queries.
+//! Causal grouped-query attention: values are read where they lie, a shared prefix is never copied
+//! for each row of the batch, and only one query's scores exist at a time.
 
 use rayon::prelude::*;
 
-use super::simd::{add_scaled, dot, exp, max, multiversion};
+use super::simd::{add_scaled, add_scaled_4, dot, exp, max, multiversion, sum};
 use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
 use crate::ops::dims;
 
-/// Queries handled together when there are enough of them.
-const ROWS: usize = 4;
-/// Columns of a micro-product.
-const COLS: usize = 16;
+/// From so many queries on, packing the keys pays: a decoding step has fewer.
+const PACK_FROM: usize = 16;
 
 /// Keys or values of one key head in one part of the cache: `n` vectors, `stride` apart.
 #[derive(Clone, Copy)]
@@ -117,63 +115,29 @@ impl Head<'_> {
     fn attend(&self, rows: &[(&[f32], usize)], z: &mut [f32]) {
         let prefix = self.keys[0].n;
         let total = prefix + self.keys[1].n;
-        let d_head = self.keys[1].d_head;
-        // Few queries (a decoding step): packing the keys would cost as much as the products.
-        let blocked = rows.len() >= 4 * ROWS && d_head % COLS == 0;
-        let packed_keys = if blocked {
-            self.pack_keys(total)
-        } else {
-            Vec::new()
-        };
-        let padded = total.next_multiple_of(COLS);
-        let mut scores = vec![0f32; ROWS * padded];
-        for (block, z) in rows.chunks(ROWS).zip(z.chunks_mut(ROWS * d_head)) {
-            let seen = block.iter().map(|&(_, seen)| seen).max().unwrap_or(0);
-            if blocked && block.len() == ROWS {
-                let queries = std::array::from_fn(|r| block[r].0);
-                block_scores(queries, &packed_keys, padded, seen, &mut scores);
-            } else {
-                for (r, &(query, seen)) in block.iter().enumerate() {
-                    let scores = &mut scores[r * padded..][..padded];
-                    row_scores(query, &self.keys, seen, scores);
-                }
+        let packed = (rows.len() >= PACK_FROM).then(|| self.pack_keys(total));
+        let mut scores = vec![0f32; total];
+        for (&(query, seen), z) in rows.iter().zip(z.chunks_exact_mut(self.keys[1].d_head)) {
+            let scores = &mut scores[..seen];
+            match &packed {
+                Some(keys) => packed_scores(query, keys, total, scores),
+                None => plain_scores(query, &self.keys, scores),
             }
-            for (r, &(_, seen)) in block.iter().enumerate() {
-                let scores = &mut scores[r * padded..][..padded];
-                self.softmax(scores, prefix, seen);
-            }
-            if blocked && block.len() == ROWS {
-                block_values(&scores, padded, seen, &self.values, z);
-            } else {
-                for (r, z) in z.chunks_exact_mut(d_head).enumerate() {
-                    row_values(&scores[r * padded..][..seen], &self.values, z);
-                }
-            }
+            // Columns before the row's first are padding.
+            let first = (prefix + self.first).min(seen);
+            scores[prefix.min(first)..first].fill(f32::NEG_INFINITY);
+            softmax(scores, self.scale);
+            weighted_sum(scores, &self.values, z);
         }
     }
 
-    /// Scores to weights: hidden columns weigh zero.
-    fn softmax(&self, scores: &mut [f32], prefix: usize, seen: usize) {
-        let start = prefix + self.first;
-        if prefix < start {
-            scores[prefix..start.min(seen).max(prefix)].fill(f32::NEG_INFINITY);
-        }
-        scores[seen..].fill(0.0);
-        softmax_slice(&mut scores[..seen], self.scale);
-    }
-
-    /// All keys as `[d_head, total]`, the columns padded to a whole number of micro-products.
+    /// All keys as `[d_head, total]`.
     fn pack_keys(&self, total: usize) -> Vec<f32> {
-        let padded = total.next_multiple_of(COLS);
-        let d_head = self.keys[1].d_head;
-        let mut packed = vec![0f32; d_head * padded];
-        let all = self
-            .keys
-            .iter()
-            .flat_map(|part| (0..part.n).map(|i| part.get(i)));
+        let mut packed = vec![0f32; self.keys[1].d_head * total];
+        let all = self.keys.iter().flat_map(|part| (0..part.n).map(|i| part.get(i)));
         for (column, key) in all.enumerate() {
             for (dim, &x) in key.iter().enumerate() {
-                packed[dim * padded + column] = x;
+                packed[dim * total + column] = x;
             }
         }
         packed
@@ -181,51 +145,32 @@ impl Head<'_> {
 }
 
 multiversion! {
-    /// Four queries against packed keys, sixteen columns at a time, sums kept in registers.
-    fn block_scores(
-        queries: [&[f32]; ROWS],
-        keys: &[f32],
-        padded: usize,
-        seen: usize,
-        scores: &mut [f32],
-    ) {
-        let d_head = queries[0].len();
-        let queries = queries.map(|query| &query[..d_head]);
-        for column in (0..seen).step_by(COLS) {
-            let mut sums = [[0f32; COLS]; ROWS];
-            for dim in 0..d_head {
-                let keys: &[f32; COLS] =
-                    keys[dim * padded + column..][..COLS].try_into().expect("COLS wide");
-                for row in 0..ROWS {
-                    let q = queries[row][dim];
-                    for lane in 0..COLS {
-                        sums[row][lane] = q.mul_add(keys[lane], sums[row][lane]);
-                    }
-                }
-            }
-            for row in 0..ROWS {
-                scores[row * padded + column..][..COLS].copy_from_slice(&sums[row]);
-            }
+    /// `query · keys` over packed keys, four dimensions at a time.
+    fn packed_scores(query: &[f32], keys: &[f32], total: usize, scores: &mut [f32]) {
+        scores.fill(0.0);
+        let n_fours = query.len() / 4 * 4;
+        for dim in (0..n_fours).step_by(4) {
+            let four = std::array::from_fn(|i| query[dim + i]);
+            add_scaled_4(scores, four, std::array::from_fn(|i| &keys[(dim + i) * total..]));
+        }
+        for dim in n_fours..query.len() {
+            add_scaled(scores, query[dim], &keys[dim * total..]);
         }
     }
 }
 
 multiversion! {
-    fn row_scores(query: &[f32], keys: &[Vectors<'_>; 2], seen: usize, scores: &mut [f32]) {
-        let (mut column, mut left) = (0, seen);
-        for part in keys {
-            for i in 0..part.n.min(left) {
-                scores[column] = dot(query, part.get(i));
-                column += 1;
-            }
-            left -= part.n.min(left);
+    fn plain_scores(query: &[f32], keys: &[Vectors<'_>; 2], scores: &mut [f32]) {
+        let all = keys.iter().flat_map(|part| (0..part.n).map(|i| part.get(i)));
+        for (score, key) in scores.iter_mut().zip(all) {
+            *score = dot(query, key);
         }
     }
 }
 
 multiversion! {
     /// Scales, then exponentiates and normalises; a row of −∞ becomes zeros.
-    fn softmax_slice(scores: &mut [f32], scale: f32) {
+    fn softmax(scores: &mut [f32], scale: f32) {
         let max = max(scores);
         if max == f32::NEG_INFINITY {
             scores.fill(0.0);
@@ -235,8 +180,7 @@ multiversion! {
             let weight = exp((*score - max) * scale);
             *score = if *score == f32::NEG_INFINITY { 0.0 } else { weight };
         }
-        let sum: f32 = scores.iter().sum();
-        let inverse = 1.0 / sum;
+        let inverse = 1.0 / sum(scores);
         for score in scores.iter_mut() {
             *score *= inverse;
         }
@@ -244,48 +188,22 @@ multiversion! {
 }
 
 multiversion! {
-    /// Four rows of weights times the values, sixteen columns at a time.
-    fn block_values(
-        weights: &[f32],
-        padded: usize,
-        seen: usize,
-        values: &[Vectors<'_>; 2],
-        z: &mut [f32],
-    ) {
-        let d_head = values[1].d_head;
-        for column in (0..d_head).step_by(COLS) {
-            let mut sums = [[0f32; COLS]; ROWS];
-            let (mut position, mut left) = (0, seen);
-            for part in values {
-                for i in 0..part.n.min(left) {
-                    let value: &[f32; COLS] =
-                        part.get(i)[column..][..COLS].try_into().expect("COLS wide");
-                    for row in 0..ROWS {
-                        let weight = weights[row * padded + position];
-                        for lane in 0..COLS {
-                            sums[row][lane] = weight.mul_add(value[lane], sums[row][lane]);
-                        }
-                    }
-                    position += 1;
-                }
-                left -= part.n.min(left);
-            }
-            for row in 0..ROWS {
-                z[row * d_head + column..][..COLS].copy_from_slice(&sums[row]);
-            }
-        }
-    }
-}
-
-multiversion! {
-    fn row_values(weights: &[f32], values: &[Vectors<'_>; 2], z: &mut [f32]) {
-        let (mut position, mut left) = (0, weights.len());
+    /// `z = weights · values`, four columns at a time.
+    fn weighted_sum(weights: &[f32], values: &[Vectors<'_>; 2], z: &mut [f32]) {
+        z.fill(0.0);
+        let mut start = 0;
         for part in values {
-            for i in 0..part.n.min(left) {
-                add_scaled(z, weights[position], part.get(i));
-                position += 1;
+            let n = part.n.min(weights.len() - start);
+            let weights = &weights[start..start + n];
+            let n_fours = n / 4 * 4;
+            for i in (0..n_fours).step_by(4) {
+                let four = std::array::from_fn(|j| weights[i + j]);
+                add_scaled_4(z, four, std::array::from_fn(|j| part.get(i + j)));
             }
-            left -= part.n.min(left);
+            for i in n_fours..n {
+                add_scaled(z, weights[i], part.get(i));
+            }
+            start += n;
         }
     }
 }

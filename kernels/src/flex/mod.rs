@@ -2,6 +2,7 @@
 
 mod adam;
 mod attention;
+mod dense;
 mod rowwise;
 mod simd;
 mod sparse;
@@ -40,6 +41,10 @@ impl KernelOps for Flex {
 
     fn sparse_sum(indices: Int, values: Float, m: usize) -> Float {
         sparse::sum(indices, values, m)
+    }
+
+    fn dot_rows(x: Float, rows: Float) -> Float {
+        dense::dot_rows(x, rows)
     }
 
     fn rms_norm(x: Float, gain: Float, epsilon: f64) -> Float {

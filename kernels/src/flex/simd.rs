@@ -49,6 +49,31 @@ pub(super) fn add_scaled(out: &mut [f32], a: f32, x: &[f32]) {
     }
 }
 
+/// `out += Σ a[i] · x[i]`: four at a time need a quarter of the loads and stores of `out`.
+#[inline(always)]
+pub(super) fn add_scaled_4(out: &mut [f32], a: [f32; 4], x: [&[f32]; 4]) {
+    let n = out.len();
+    let [x0, x1, x2, x3] = x.map(|x| &x[..n]);
+    for i in 0..n {
+        let two = a[1].mul_add(x1[i], a[0].mul_add(x0[i], out[i]));
+        out[i] = a[3].mul_add(x3[i], a[2].mul_add(x2[i], two));
+    }
+}
+
+/// The sum, in lanes.
+#[inline(always)]
+pub(super) fn sum(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail: f32 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += x;
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
 /// `⟨x, y⟩`, summed in lanes, so that the order does not depend on the processor.
 #[inline(always)]
 pub(super) fn dot(x: &[f32], y: &[f32]) -> f32 {

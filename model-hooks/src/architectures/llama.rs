@@ -7,7 +7,7 @@ use super::{Network, Pass};
 use crate::config::{self, AttentionConfig, MlpConfig, ModelConfig};
 use crate::hook::{Hook, fire};
 use crate::hook_point::{HookPoint, Site};
-use crate::layers::{Attention, GatedMlp, Linear, NormPoints, RmsNorm};
+use crate::layers::{Attention, GatedMlp, NormPoints, RmsNorm};
 use crate::load::LoadError;
 
 /// All sites: attention and MLP run one after the other, and the MLP is gated.
@@ -53,13 +53,12 @@ pub(super) fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<Ne
         .map(|layer| block(config, weights, layer).map(super::Block::Llama))
         .collect::<Result<_, _>>()?;
     let ln_final = norm(config, weights, "model.norm")?;
-    let unembed = if config.tie_embeddings && !weights.has("lm_head.weight") {
-        // A copy in the other order: products with a transposed weight are slow for few rows.
-        Linear { weight: packed_transpose(&embedding), bias: None }
+    let unembedding = if config.tie_embeddings && !weights.has("lm_head.weight") {
+        embedding.clone()
     } else {
-        weights.linear("lm_head", [d_model, d_vocab], false)?
+        weights.take("lm_head.weight", [d_vocab, d_model])?
     };
-    Ok(Network { embedding, blocks, ln_final, unembed })
+    Ok(Network { embedding, blocks, ln_final, unembedding })
 }
 
 fn block(config: &ModelConfig, weights: &mut Weights<'_>, layer: usize) -> Result<Block, LoadError> {
@@ -93,10 +92,4 @@ fn block(config: &ModelConfig, weights: &mut Weights<'_>, layer: usize) -> Resul
 fn norm(config: &ModelConfig, weights: &mut Weights<'_>, name: &str) -> Result<RmsNorm, LoadError> {
     let gain = weights.take(&format!("{name}.weight"), [config.d_model])?;
     Ok(RmsNorm { gain, epsilon: config.norm_eps })
-}
-
-/// The transpose in memory order (a transposed view would keep the old one).
-fn packed_transpose(x: &Tensor<2>) -> Tensor<2> {
-    let device = x.device();
-    Tensor::from_data(x.clone().transpose().into_data(), &device)
 }

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use crate::config::{Architecture, ModelConfig};
 use crate::hook::Hook;
 use crate::hook_point::HookPoint;
-use crate::layers::{KvCache, Linear, RmsNorm, RotaryTable};
+use crate::layers::{KvCache, RmsNorm, RotaryTable};
 use crate::load::{LoadError, TensorSource};
 use crate::positions::Positions;
 
@@ -19,8 +19,8 @@ pub(crate) struct Network {
     pub(crate) embedding: Tensor<2>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) ln_final: RmsNorm,
-    /// `[d_model, d_vocab]`.
-    pub(crate) unembed: Linear,
+    /// `[d_vocab, d_model]`, as checkpoints have it: the embedding itself where the two are tied.
+    pub(crate) unembedding: Tensor<2>,
 }
 
 /// A block of any architecture.

@@ -1,0 +1,153 @@
+//! Every kernel at the sizes of SmolLM2-135M and of an SAE on its residual stream.
+//!
+//! `encoder/plain_matmul` is the limit that the machine sets: no encoder of this shape is faster.
+//! Large temporaries cost page faults unless glibc keeps its pages, as the programs tell it to:
+//!
+//! ```sh
+//! MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 cargo bench -p benches --bench kernels
+//! ```
+
+use burn::tensor::{Device, Distribution, Int, Tensor};
+use criterion::{Criterion, Throughput};
+use kernels::{
+    AdamConfig, AdamState, KeyValues, adam_step, attention, dot_rows, rms_norm, rotary, silu_mul,
+    sparse_decode, top_k, top_k_encode,
+};
+
+/// Activations of a training step.
+const BATCH: usize = 4096;
+/// Latents, eight for each dimension.
+const D_SAE: usize = 4608;
+/// Latents kept for each activation.
+const K: usize = 32;
+
+/// Conversations of a forward pass, and tokens of each.
+const N_ROWS: usize = 8;
+const N_POS: usize = 128;
+
+/// SmolLM2-135M.
+const D_MODEL: usize = 576;
+const D_MLP: usize = 1536;
+const N_HEADS: usize = 9;
+const N_KV_HEADS: usize = 3;
+const D_HEAD: usize = 64;
+const D_VOCAB: usize = 49152;
+
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    let device = Device::flex();
+    encoder(&mut criterion, &device);
+    decoder(&mut criterion, &device);
+    optimiser(&mut criterion, &device);
+    blocks(&mut criterion, &device);
+    cached_step(&mut criterion, &device);
+    criterion.final_summary();
+}
+
+fn noise<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+}
+
+/// From activations to latents, `[4096, 576]` to `[4096, 32]` of 4608.
+fn encoder(criterion: &mut Criterion, device: &Device) {
+    let (x, w) = (noise([BATCH, D_MODEL], device), noise([D_MODEL, D_SAE], device));
+    let (bias, scale) = (noise([D_SAE], device), Tensor::ones([D_SAE], device));
+    let pre: Tensor<2> = noise([BATCH, D_SAE], device);
+    let mut group = criterion.benchmark_group("encoder");
+    group.sample_size(10).throughput(Throughput::Elements(BATCH as u64));
+    group.bench_function("plain_matmul", |b| b.iter(|| x.clone().matmul(w.clone())));
+    group.bench_function("top_k", |b| b.iter(|| top_k(pre.clone(), K)));
+    group.bench_function("top_k_encode", |b| {
+        b.iter(|| top_k_encode(x.clone(), w.clone(), bias.clone(), scale.clone(), K));
+    });
+    group.finish();
+}
+
+/// From latents back to activations.
+fn decoder(criterion: &mut Criterion, device: &Device) {
+    let (values, indices) = top_k(noise([BATCH, D_SAE], device), K);
+    let rows = noise([D_SAE, D_MODEL], device);
+    let mut group = criterion.benchmark_group("decoder");
+    group.sample_size(10).throughput(Throughput::Elements(BATCH as u64));
+    group.bench_function("sparse_decode", |b| {
+        b.iter(|| sparse_decode(indices.clone(), values.clone(), rows.clone()));
+    });
+    group.finish();
+}
+
+/// One of the SAE's two matrices.
+fn optimiser(criterion: &mut Criterion, device: &Device) {
+    let shape = [D_SAE, D_MODEL];
+    let gradient = noise(shape, device);
+    let zeros = || Tensor::zeros(shape, device);
+    let state = AdamState { first: zeros(), second: zeros() };
+    // Handed on from step to step, so that nobody else holds it and it is updated in place.
+    let mut now = Some((noise(shape, device), state));
+    let mut step = 0;
+    let mut group = criterion.benchmark_group("optimiser");
+    group.sample_size(10).throughput(Throughput::Elements((D_SAE * D_MODEL) as u64));
+    group.bench_function("adam_step", |b| {
+        b.iter(|| {
+            let (parameter, state) = now.take().expect("put back after every step");
+            step += 1;
+            let config = AdamConfig::new(4e-4);
+            now = Some(adam_step(parameter, gradient.clone(), state, step, config));
+        });
+    });
+    group.finish();
+}
+
+/// What a block of the model is made of, over `[8, 128]` tokens.
+fn blocks(criterion: &mut Criterion, device: &Device) {
+    let n = N_ROWS * N_POS;
+    let (x, gain) = (noise([n, D_MODEL], device), noise([D_MODEL], device));
+    let (gate, up) = (noise([n, D_MLP], device), noise([n, D_MLP], device));
+    let q = noise([N_ROWS, N_POS, N_HEADS, D_HEAD], device);
+    let angles: Tensor<3> = noise([N_ROWS, N_POS, D_HEAD / 2], device);
+    let (cos, sin) = (angles.clone().cos(), angles.sin());
+    let heads = || noise([N_ROWS, N_POS, N_KV_HEADS, D_HEAD], device);
+    let own = (heads(), heads());
+    let no_padding = Tensor::<1, Int>::zeros([N_ROWS], device);
+    let mut group = criterion.benchmark_group("blocks");
+    group.sample_size(20).throughput(Throughput::Elements(n as u64));
+    group.bench_function("rms_norm", |b| {
+        b.iter(|| rms_norm(x.clone(), gain.clone(), 1e-5));
+    });
+    group.bench_function("silu_mul", |b| b.iter(|| silu_mul(gate.clone(), up.clone())));
+    group.bench_function("rotary", |b| {
+        b.iter(|| rotary(q.clone(), cos.clone(), sin.clone()));
+    });
+    group.bench_function("attention", |b| {
+        b.iter(|| {
+            let key_values = KeyValues { prefix: None, own: own.clone() };
+            attention(q.clone(), key_values, no_padding.clone(), (D_HEAD as f64).powf(-0.5))
+        });
+    });
+    group.finish();
+}
+
+/// One new token in each of 40 conversations, behind a shared prefix of 128 tokens and 32 of
+/// their own.
+fn cached_step(criterion: &mut Criterion, device: &Device) {
+    const N_CONVERSATIONS: usize = 40;
+    const N_OWN: usize = 32;
+    let q = noise([N_CONVERSATIONS, 1, N_HEADS, D_HEAD], device);
+    let heads = |rows, n| noise([rows, n, N_KV_HEADS, D_HEAD], device);
+    let prefix = (heads(1, N_POS), heads(1, N_POS));
+    let own = (heads(N_CONVERSATIONS, N_OWN), heads(N_CONVERSATIONS, N_OWN));
+    let no_padding = Tensor::<1, Int>::zeros([N_CONVERSATIONS], device);
+    let x = noise([N_CONVERSATIONS, D_MODEL], device);
+    let unembedding = noise([D_VOCAB, D_MODEL], device);
+    let mut group = criterion.benchmark_group("cached_step");
+    group.sample_size(20).throughput(Throughput::Elements(N_CONVERSATIONS as u64));
+    group.bench_function("attention", |b| {
+        b.iter(|| {
+            let key_values = KeyValues { prefix: Some(prefix.clone()), own: own.clone() };
+            attention(q.clone(), key_values, no_padding.clone(), (D_HEAD as f64).powf(-0.5))
+        });
+    });
+    group.bench_function("unembedding", |b| {
+        b.iter(|| dot_rows(x.clone(), unembedding.clone()));
+    });
+    group.finish();
+}

@@ -1,0 +1,514 @@
+"""Makes reference files for the golden tests with the libraries that they are compared to.
+
+    python make.py --out DIR models
+    python make.py --out DIR sae_lens sae_lens_train
+    python make.py --out DIR --gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+
+Each kind writes DIR/KIND/CASE/; `GOLDENS=$(realpath DIR) cargo test --workspace golden` puts them
+through the tests. Everything runs on CPU in f32. README.md lists the versions and says what the
+tensors are.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path, tensors):
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def version(package):
+    return importlib.metadata.version(package)
+
+
+# models: tiny random Llamas
+
+N_ROWS, N_POS, N_PAD, N_NEW = 3, 15, 4, 12
+VOCAB, PAD = 131, 3
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMAS = {
+    "llama_mha": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    },
+    "llama_gqa_theta_tied": {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "tie_word_embeddings": True,
+    },
+    "llama_rope_llama3": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": ROPE_LLAMA3,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def models(out, _):
+    for name, options in LLAMAS.items():
+        llama(out / "models" / name, options)
+
+
+def llama(folder, options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=3,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=PAD,
+        attn_implementation="eager",
+        **options,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).float().eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    # The tests look at what the config says, not at what generation would default to.
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+    ids = torch.randint(PAD + 1, VOCAB, (N_ROWS, N_POS))
+    tensors = {"input_ids": ids}
+    tensors |= activations(model, ids)
+    with torch.no_grad():
+        tensors["logits_f64"] = copy.deepcopy(model).double()(ids).logits
+    tensors |= padded(model, ids)
+    tensors["greedy_ids"] = greedy(model, ids, torch.ones_like(ids))
+    tensors |= gradient(model, ids)
+    write_tensors(folder / "golden.safetensors", tensors)
+
+    difference = (tensors["logits"].double() - tensors["logits_f64"]).abs().max()
+    write_json(
+        folder / "meta.json",
+        {
+            "class": type(model).__name__,
+            "transformers": version("transformers"),
+            "torch": torch.__version__,
+            "attn": "eager",
+            "max_abs_f32_vs_f64": difference.item(),
+            "grad_metric": "sum over batch of logits[:, -1, 7]",
+            "grad_wrt": "hidden_states.1 (= output of block 0)",
+            "v4_config_max_diff": old_config(folder, model, ids, tensors["logits"]),
+        },
+    )
+
+
+def randomise(model):
+    """Weights large enough that every part of the model matters, and norms that are not 1."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(1 + 0.2 * torch.randn_like(weight))
+            elif "embed_tokens" in name:
+                weight.copy_(0.5 * torch.randn_like(weight))
+            else:
+                weight.copy_(1.2 * torch.randn_like(weight) / math.sqrt(weight.shape[1]))
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def activations(model, ids):
+    tensors, handles = {}, []
+
+    def keep(name):
+        def hook(_module, _inputs, output):
+            tensors[name] = first(output)
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        handles.append(layer.register_forward_hook(keep(f"block_out.{i}")))
+        handles.append(layer.self_attn.register_forward_hook(keep(f"attn_out.{i}")))
+        handles.append(layer.mlp.register_forward_hook(keep(f"mlp_out.{i}")))
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True, output_attentions=True)
+    for handle in handles:
+        handle.remove()
+    tensors["logits"] = output.logits
+    for i, hidden in enumerate(output.hidden_states):
+        tensors[f"hidden_states.{i}"] = hidden
+    for i, pattern in enumerate(output.attentions):
+        tensors[f"attn_weights.{i}"] = pattern
+    return tensors
+
+
+def padded(model, ids):
+    """The first row cut short, with padding on either side; the other rows as they are."""
+    tensors = {}
+    for side in ["leftpad", "rightpad"]:
+        padded_ids, mask = ids.clone(), torch.ones_like(ids)
+        kept = slice(N_PAD, None) if side == "leftpad" else slice(None, -N_PAD)
+        padded_ids[0], mask[0] = PAD, 0
+        padded_ids[0, kept], mask[0, kept] = ids[0, :-N_PAD], 1
+        with torch.no_grad():
+            logits = model(padded_ids, attention_mask=mask).logits
+        tensors |= {
+            f"{side}.input_ids": padded_ids,
+            f"{side}.attention_mask": mask,
+            f"{side}.logits": logits,
+        }
+        if side == "leftpad":
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            with torch.no_grad():
+                output = model(padded_ids, attention_mask=mask, position_ids=positions)
+            tensors["leftpad.position_ids"] = positions
+            tensors["leftpad.logits_with_position_ids"] = output.logits
+            tensors["leftpad.greedy_ids"] = greedy(model, padded_ids, mask)
+    return tensors
+
+
+def greedy(model, ids, mask):
+    """Prompts and new tokens. `min_new_tokens` keeps the EOS id from being chosen."""
+    with torch.no_grad():
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=N_NEW,
+            min_new_tokens=N_NEW,
+            pad_token_id=PAD,
+        )
+
+
+def gradient(model, ids):
+    kept = []
+
+    def hook(_module, _inputs, output):
+        kept.append(first(output))
+        kept[0].retain_grad()
+
+    handle = model.model.layers[0].register_forward_hook(hook)
+    model(ids).logits[:, -1, 7].sum().backward()
+    handle.remove()
+    model.zero_grad()
+    return {"grad.hidden_states.1": kept[0].grad}
+
+
+def old_config(folder, model, ids, logits):
+    """Writes config.v4.json, as transformers 4 spells it; gives how far its logits are off."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = dict(old.pop("rope_parameters"))
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    old["torch_dtype"] = old.pop("dtype")
+    old["transformers_version"] = "4.45.0"
+    write_json(folder / "config.v4.json", old)
+
+    config = LlamaConfig.from_dict(old, attn_implementation="eager")
+    again = LlamaForCausalLM(config).float().eval()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        difference = (again(ids).logits - logits).abs().max().item()
+    assert difference == 0.0, f"{folder.name}: config.v4.json is another model, by {difference}"
+    return difference
+
+
+# smollm2: the real model, dequantised out of its GGUF file
+
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+QUESTIONS = ["Why does the sky look blue at noon?", "List two animals that can swim."]
+TOKENIZER_TESTS = [
+    "Good morning, Ada!",
+    "b  47",
+    "x   3 = 4",
+    "\n\n  10",
+    "naïve café 中文 🙂",
+    "I'm sure they'll've gone",
+    "  leading",
+    "tab\tsep\r\nCRLF",
+    "<|im_start|>user\nhi<|im_end|>",
+    "1234567890",
+    "def f(x):\n    return x+1\n",
+    "ｆｕｌｌ ½ ²",
+    "\u00a0nbsp\u200bzwsp",
+]
+
+
+def smollm2(out, gguf):
+    from transformers import AutoModelForCausalLM
+
+    assert gguf is not None, "smollm2 needs --gguf"
+    folder = out / "smollm2"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = gguf_tokenizer(gguf)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+    prompts = [
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        for question in QUESTIONS
+    ]
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    ids = torch.tensor(rows[:1])
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+    last = output.logits[:, -1]
+    tensors = {
+        "input_ids": ids,
+        "logits_last": last,
+        "hidden_states.1": output.hidden_states[1],
+        "hidden_states.16_resid_post_15": output.hidden_states[16],
+        "hidden_states.30_final_norm": output.hidden_states[30],
+        "greedy_ids": real_greedy(model, ids, torch.ones_like(ids)),
+    }
+    n = max(map(len, rows))
+    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 2
+    batch = torch.tensor([[pad] * (n - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (n - len(row)) + [1] * len(row) for row in rows])
+    tensors["batch.input_ids"], tensors["batch.attention_mask"] = batch, mask
+    tensors["batch.greedy_ids"] = real_greedy(model, batch, mask)
+    write_tensors(folder / "golden.safetensors", tensors)
+
+    def text(row):
+        return tokenizer.decode(row[n:].tolist(), skip_special_tokens=True)
+
+    top = last[0].topk(10)
+    write_json(
+        folder / "meta.json",
+        {
+            "prompt": prompts[0],
+            "text": tokenizer.decode(
+                tensors["greedy_ids"][0, ids.shape[1] :].tolist(), skip_special_tokens=True
+            ),
+            "batch_texts": [text(row) for row in tensors["batch.greedy_ids"]],
+            "tokenizer_tests": [[test, tokenizer.encode(test).ids] for test in TOKENIZER_TESTS],
+            "top10": [
+                [id_, tokenizer.decode([id_], skip_special_tokens=False), logit]
+                for logit, id_ in zip(top.values.tolist(), top.indices.tolist())
+            ],
+        },
+    )
+
+
+def real_greedy(model, ids, mask):
+    with torch.no_grad():
+        return model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=32, pad_token_id=2
+        )
+
+
+def gguf_tokenizer(path):
+    """transformers' own conversion loses this model's digit pre-split, so it is built here."""
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models as bpe, pre_tokenizers
+
+    fields = GGUFReader(path).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = fields["tokenizer.ggml.merges"].contents()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    vocabulary = {token: id_ for id_, token in enumerate(tokens)}
+    tokenizer = Tokenizer(bpe.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, kinds)
+            if kind == control
+        ]
+    )
+    return tokenizer
+
+
+# sae_lens and sae_lens_train: TopK
+
+D_IN, D_SAE, K, N = 20, 80, 7, 12
+# Whether norms rescale, and how strongly and on how many dead latents the auxiliary loss acts.
+TRAINING = {
+    "topk": (True, 1.0, 0),
+    "topk_dead": (True, 1.0, 30),
+    "topk_fewdead": (True, 1.0, 4),
+    "topk_norescale_dead": (False, 0.5, 30),
+}
+
+
+def sae_weights():
+    """The same weights for every case, with decoder rows of many norms."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random)
+
+    norms = 0.5 + 1.2 * torch.rand(D_SAE, 1, generator=random)
+    return {
+        "W_enc": normal(D_IN, D_SAE) / math.sqrt(D_IN),
+        "b_enc": 0.2 * normal(D_SAE),
+        "W_dec": norms * normal(D_SAE, D_IN) / math.sqrt(D_IN),
+        "b_dec": 0.2 * normal(D_IN),
+    }
+
+
+def sae_input(seed):
+    return 0.3 + 1.5 * torch.randn(N, D_IN, generator=torch.Generator().manual_seed(seed))
+
+
+def sae_lens(out, _):
+    from sae_lens import SAE, TopKSAE, TopKSAEConfig
+
+    x = sae_input(1)
+    for name, rescale in [("topk", False), ("topk_rescale", True)]:
+        folder = out / "sae_lens" / name
+        config = TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, rescale_acts_by_decoder_norm=rescale)
+        sae = TopKSAE(config)
+        sae.load_state_dict(sae_weights())
+        sae.save_model(folder)
+        tensors = {"x": x} | outputs(sae, x)
+        if rescale:
+            sae.fold_W_dec_norm()
+            folded = dict(sae.named_parameters()) | outputs(sae, x)
+            del folded["forward"]
+            tensors |= {f"folded.{key}": value for key, value in folded.items()}
+        write_tensors(folder / "golden.safetensors", tensors)
+    for name in TRAINING:
+        folder = out / "sae_lens" / f"from_training_{name}"
+        training_sae(name).save_inference_model(folder)
+        sae = SAE.load_from_disk(folder)
+        write_tensors(folder / "golden.safetensors", {"x": x} | outputs(sae, x))
+
+
+def outputs(sae, x):
+    with torch.no_grad():
+        latents = sae.encode(x)
+        return {
+            "encode": latents,
+            "decode_of_encode": sae.decode(latents),
+            "forward": sae(x),
+        }
+
+
+def training_sae(name):
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    rescale, auxiliary, _ = TRAINING[name]
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=D_IN,
+            d_sae=D_SAE,
+            k=K,
+            rescale_acts_by_decoder_norm=rescale,
+            aux_loss_coefficient=auxiliary,
+        )
+    )
+    sae.load_state_dict(sae_weights())
+    return sae
+
+
+def sae_lens_train(out, _):
+    for name in TRAINING:
+        training_step(out / "sae_lens_train" / name, name)
+
+
+def training_step(folder, name):
+    """One step of Adam, without the clipping that SAELens' trainer does before it."""
+    from sae_lens.saes.sae import TrainStepInput
+
+    sae = training_sae(name)
+    sae.save_model(folder)
+    x = sae_input(2)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[: TRAINING[name][2]] = True
+    adam = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8}
+    optimizer = torch.optim.Adam(sae.parameters(), **adam)
+    step = sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=x,
+            coefficients={},
+            dead_neuron_mask=dead,
+            n_training_steps=0,
+            is_logging_step=False,
+        )
+    )
+    step.loss.backward()
+    tensors = {
+        "x": x,
+        "dead_mask": dead.to(torch.uint8),
+        "sae_out": step.sae_out,
+        "feature_acts": step.feature_acts,
+        "hidden_pre": step.hidden_pre,
+    }
+    tensors |= {f"grad.{key}": p.grad.clone() for key, p in sae.named_parameters()}
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in sae.parameters()))
+    optimizer.step()
+    tensors |= {f"after_adam.{key}": p for key, p in sae.named_parameters()}
+    write_tensors(folder / "golden.safetensors", tensors)
+    write_json(
+        folder / "golden.json",
+        {
+            "loss": step.loss.item(),
+            "losses": {key: float(value) for key, value in step.losses.items()},
+            "coefficients": {},
+            "grad_total_norm": norm,
+            "adam": adam | {"clip": None},
+            "l0": (step.feature_acts > 0).sum(-1).float().mean().item(),
+            "sae_lens": version("sae-lens"),
+            "inference_architecture": "topk",
+        },
+    )
+
+
+KINDS = {
+    "models": models,
+    "smollm2": smollm2,
+    "sae_lens": sae_lens,
+    "sae_lens_train": sae_lens_train,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--gguf", type=Path, help="the model of the kind smollm2")
+    parser.add_argument("kinds", nargs="+", choices=KINDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for kind in options.kinds:
+        KINDS[kind](options.out, options.gguf)
+
+
+if __name__ == "__main__":
+    main()
