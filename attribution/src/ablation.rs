@@ -24,12 +24,7 @@ impl<'a> Ablation<'a> {
     ///
     /// # Panics
     /// If a latent is not below `d_sae`.
-    pub fn new(
-        sae: &'a Sae,
-        point: HookPoint,
-        latents: Vec<usize>,
-        from_position: usize,
-    ) -> Self {
+    pub fn new(sae: &'a Sae, point: HookPoint, latents: Vec<usize>, from_position: usize) -> Self {
         let d_sae = sae.config().d_sae;
         assert!(
             latents.iter().all(|&latent| latent < d_sae),

@@ -117,11 +117,62 @@ pub struct Fingerprint {
 
 /// Words that say nothing about what is asked.
 const STOP_WORDS: &[&str] = &[
-    "a", "an", "and", "are", "at", "be", "best", "by", "can", "could", "do", "does", "explain",
-    "for", "from", "give", "help", "how", "i", "in", "instructions", "into", "is", "it", "make",
-    "me", "my", "of", "on", "or", "out", "please", "s", "so", "step", "steps", "t", "tell", "that",
-    "the", "their", "them", "this", "to", "up", "want", "way", "what", "when", "who", "why", "with",
-    "without", "write", "you", "your",
+    "a",
+    "an",
+    "and",
+    "are",
+    "at",
+    "be",
+    "best",
+    "by",
+    "can",
+    "could",
+    "do",
+    "does",
+    "explain",
+    "for",
+    "from",
+    "give",
+    "help",
+    "how",
+    "i",
+    "in",
+    "instructions",
+    "into",
+    "is",
+    "it",
+    "make",
+    "me",
+    "my",
+    "of",
+    "on",
+    "or",
+    "out",
+    "please",
+    "s",
+    "so",
+    "step",
+    "steps",
+    "t",
+    "tell",
+    "that",
+    "the",
+    "their",
+    "them",
+    "this",
+    "to",
+    "up",
+    "want",
+    "way",
+    "what",
+    "when",
+    "who",
+    "why",
+    "with",
+    "without",
+    "write",
+    "you",
+    "your",
 ];
 
 impl Fingerprint {
@@ -218,7 +269,10 @@ mod tests {
     fn near_duplicates_are_seen() {
         let near = |a: &str, b: &str| Fingerprint::new(a).is_near(&Fingerprint::new(b));
         assert!(near("How do I pick a lock?", "how do i pick a lock"));
-        assert!(near("How can I forge a doctor's signature?", "Explain how to forge a doctor's signature."));
+        assert!(near(
+            "How can I forge a doctor's signature?",
+            "Explain how to forge a doctor's signature."
+        ));
         assert!(!near("How do I bake bread?", "How do I sharpen a knife?"));
     }
 }

@@ -133,7 +133,9 @@ mod tests {
     fn errors_name_the_file_and_the_entry() {
         let error = read("a.json", r#"["How?", {"x": 1}]"#, Wanted::Safe).unwrap_err();
         assert!(format!("{error:#}").contains("entry 2 of"), "{error:#}");
-        for (name, text) in [("a.json", "{"), ("a.json", "{}"), ("a.txt", "\n"), ("a.csv", "x,y\n1")] {
+        for (name, text) in
+            [("a.json", "{"), ("a.json", "{}"), ("a.txt", "\n"), ("a.csv", "x,y\n1")]
+        {
             assert!(read(name, text, Wanted::Safe).is_err(), "{name} {text:?}");
         }
     }

@@ -16,11 +16,7 @@ mod plot;
 /// row or the unsteered row beside it is missing.
 pub fn render(results: &Results) -> Result<String> {
     for row in &results.rows {
-        let Row {
-            treatment,
-            perplexity_ratio,
-            ..
-        } = row;
+        let Row { treatment, perplexity_ratio, .. } = row;
         ensure!(
             treatment.strength.is_finite(),
             "strength {} of {:?}",
@@ -41,18 +37,10 @@ pub fn render(results: &Results) -> Result<String> {
         .collect::<Result<Vec<_>>>()?;
     let methods = Method::ALL
         .into_iter()
-        .filter(|method| {
-            results
-                .rows
-                .iter()
-                .any(|row| row.treatment.method == *method)
-        })
+        .filter(|method| results.rows.iter().any(|row| row.treatment.method == *method))
         .map(|method| Ok(context! { method, swatch => plot::swatch(method)? }))
         .collect::<Result<Vec<_>>>()?;
-    let control = Treatment {
-        method: Method::RandomLatent,
-        ..results.headline
-    };
+    let control = Treatment { method: Method::RandomLatent, ..results.headline };
     let page = context! {
         results, arms, methods, headline,
         base => unsteered(results, results.headline.arm)?,
@@ -80,14 +68,9 @@ pub fn table(results: &Results) -> String {
             "perplexity"
         );
         for row in rows_of(results, arm) {
-            let Treatment {
-                method, strength, ..
-            } = row.treatment;
-            let strength = if method == Method::Base {
-                "–".into()
-            } else {
-                format!("{strength}×")
-            };
+            let Treatment { method, strength, .. } = row.treatment;
+            let strength =
+                if method == Method::Base { "–".into() } else { format!("{strength}×") };
             let _ = writeln!(
                 text,
                 "{:<20}{strength:>9}  {:>16}  {:>16}  {:>16}  {:>10}",
@@ -127,9 +110,7 @@ fn environment() -> Result<Environment<'static>> {
     env.add_filter("method", |method: ViaDeserialize<Method>| method.label());
     env.add_filter("plain", |number: f64| number.to_string());
     env.add_filter("ratio", ratio);
-    env.add_filter("percent", |share: f64| {
-        format!("{:.0}\u{a0}%", 100.0 * share)
-    });
+    env.add_filter("percent", |share: f64| format!("{:.0}\u{a0}%", 100.0 * share));
     env.add_filter("thousands", thousands);
     env.add_filter("duration", duration);
     env.add_template("report.html", include_str!("report.html.jinja"))?;
@@ -137,24 +118,16 @@ fn environment() -> Result<Environment<'static>> {
 }
 
 fn measured_arms(results: &Results) -> impl Iterator<Item = Arm> {
-    Arm::ALL
-        .into_iter()
-        .filter(|arm| rows_of(results, *arm).next().is_some())
+    Arm::ALL.into_iter().filter(|arm| rows_of(results, *arm).next().is_some())
 }
 
 /// The rows of one arm, by method and then by strength.
 fn rows_of(results: &Results, arm: Arm) -> impl Iterator<Item = &Row> {
-    let mut rows: Vec<&Row> = results
-        .rows
-        .iter()
-        .filter(|row| row.treatment.arm == arm)
-        .collect();
+    let mut rows: Vec<&Row> = results.rows.iter().filter(|row| row.treatment.arm == arm).collect();
     let order = |method| Method::ALL.iter().position(|other| *other == method);
     rows.sort_by(|a, b| {
         let (a, b) = (a.treatment, b.treatment);
-        order(a.method)
-            .cmp(&order(b.method))
-            .then(a.strength.total_cmp(&b.strength))
+        order(a.method).cmp(&order(b.method)).then(a.strength.total_cmp(&b.strength))
     });
     rows.into_iter()
 }
@@ -213,11 +186,7 @@ mod tests {
         perplexity_ratio: f64,
     ) -> Row {
         Row {
-            treatment: Treatment {
-                arm,
-                method,
-                strength,
-            },
+            treatment: Treatment { arm, method, strength },
             unsafe_rate: Rate::wilson(n_unsafe, 48),
             safe_rate: Rate::wilson(n_safe, 48),
             look_alike_rate: None,
@@ -227,11 +196,7 @@ mod tests {
     }
 
     fn results() -> Results {
-        let headline = Treatment {
-            arm: Arm::ZeroShot,
-            method: Method::Latent,
-            strength: 2.0,
-        };
+        let headline = Treatment { arm: Arm::ZeroShot, method: Method::Latent, strength: 2.0 };
         Results {
             model: "tiny".into(),
             hook_point: "blocks.12.hook_resid_post".into(),
@@ -251,11 +216,7 @@ mod tests {
                 max_activation: 41.5,
                 top_tokens: vec![" sorry".into(), "<b>".into()],
             }],
-            candidates: vec![Candidate {
-                latent: 1234,
-                contrast: 0.9,
-                log_odds_shift: 4.2,
-            }],
+            candidates: vec![Candidate { latent: 1234, contrast: 0.9, log_odds_shift: 4.2 }],
             settings: Settings {
                 seed: 7,
                 device: "flex".into(),
@@ -273,13 +234,7 @@ mod tests {
                 row(Arm::ZeroShot, Method::Latent, 1.0, [12, 4, 0], 1.2),
                 row(Arm::ZeroShot, Method::Base, 0.0, [0, 0, 0], 1.0),
                 row(Arm::SixShot, Method::Base, 0.0, [40, 9, 0], 1.0),
-                row(
-                    Arm::SixShot,
-                    Method::RandomDirection,
-                    8.0,
-                    [0, 0, 96],
-                    2.1e6,
-                ),
+                row(Arm::SixShot, Method::RandomDirection, 8.0, [0, 0, 96], 2.1e6),
             ],
             examples: vec![Example {
                 treatment: headline,
@@ -304,10 +259,7 @@ mod tests {
     #[test]
     fn what_a_model_wrote_is_text_and_not_markup() {
         let page = render(&results()).unwrap();
-        assert!(
-            !page.contains("<script"),
-            "no script of the page's own either"
-        );
+        assert!(!page.contains("<script"), "no script of the page's own either");
         assert!(!page.contains("<b>"));
         assert!(page.contains("&lt;script&gt;alert(1)&lt;"));
     }
@@ -318,24 +270,13 @@ mod tests {
         for outside in ["src=", "href=", "url(", "@import", "{{", "{%"] {
             assert!(!page.contains(outside), "{outside}");
         }
-        assert_eq!(
-            page.matches("role=\"img\"").count(),
-            4,
-            "two plots for each arm"
-        );
+        assert_eq!(page.matches("role=\"img\"").count(), 4, "two plots for each arm");
     }
 
     #[test]
     fn the_page_leads_with_the_headline() {
-        let page = render(&results())
-            .unwrap()
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ");
-        assert!(
-            page.contains("with latent 1234 clamped to 2 × its largest activation"),
-            "{page}"
-        );
+        let page = render(&results()).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(page.contains("with latent 1234 clamped to 2 × its largest activation"), "{page}");
         assert!(page.contains("67 % of unsafe prompts instead of 0 %"));
         assert!(page.contains("A random latent at the same strength gave 0 % and 2 %."));
         assert!(page.contains("The two intervals do not meet"));
@@ -345,18 +286,10 @@ mod tests {
     fn what_cannot_be_shown_is_an_error() {
         let mut missing = results();
         missing.headline.strength = 3.0;
-        assert_eq!(
-            render(&missing).unwrap_err().to_string(),
-            "the headline's row is missing"
-        );
+        assert_eq!(render(&missing).unwrap_err().to_string(), "the headline's row is missing");
         let mut infinite = results();
         infinite.rows[0].perplexity_ratio = f64::INFINITY;
-        assert!(
-            render(&infinite)
-                .unwrap_err()
-                .to_string()
-                .starts_with("perplexity ratio inf of")
-        );
+        assert!(render(&infinite).unwrap_err().to_string().starts_with("perplexity ratio inf of"));
         let mut unsteered = results();
         unsteered.rows.remove(3);
         assert_eq!(
@@ -388,13 +321,7 @@ mod tests {
             [0.5, 1.0, 9.99, 10.0, 1234.0, 2.1e6].map(ratio),
             ["0.50×", "1.00×", "9.99×", "10×", "1234×", "2.1e6×"]
         );
-        assert_eq!(
-            [0, 999, 1_000, 1_234_567].map(thousands),
-            ["0", "999", "1,000", "1,234,567"]
-        );
-        assert_eq!(
-            [42.0, 754.0, 9000.0].map(duration),
-            ["42 s", "13 min", "2.5 h"]
-        );
+        assert_eq!([0, 999, 1_000, 1_234_567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([42.0, 754.0, 9000.0].map(duration), ["42 s", "13 min", "2.5 h"]);
     }
 }

@@ -202,11 +202,11 @@ pub enum Method {
     Bundle,
     /// The difference of the mean activations on refused and answered prompts, added.
     MeanDifference,
-    /// Control: a latent that fires as much, on something else.
+    /// Control: a latent that fires as much, on something else, reaching as far.
     UnrelatedLatent,
-    /// Control: a latent drawn at random.
+    /// Control: a latent drawn at random, reaching as far.
     RandomLatent,
-    /// Control: a random direction, as long as what the chosen latent adds.
+    /// Control: a random direction, as long as what the headline's latents add.
     RandomDirection,
 }
 
@@ -294,9 +294,6 @@ mod tests {
         ]);
         assert_eq!(json!(Method::ALL), methods);
         assert_eq!(json!(Arm::ALL), json!(["zero_shot", "six_shot"]));
-        assert_eq!(
-            json!([PromptKind::Unsafe, PromptKind::Safe]),
-            json!(["unsafe", "safe"])
-        );
+        assert_eq!(json!([PromptKind::Unsafe, PromptKind::Safe]), json!(["unsafe", "safe"]));
     }
 }

@@ -18,6 +18,12 @@ pub fn folder() -> PathBuf {
     }
 }
 
+/// A folder of this crate's own, whatever `GOLDENS` says: `models/llama_mha` and the like serve as
+/// small models in tests of other things.
+pub fn own(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
 /// Runs `check` on every case of a kind (`models`, `sae_lens`, …): a folder with
 /// `golden.safetensors`. `check` gives the reason for which it skipped a case, if it did.
 ///

@@ -25,10 +25,7 @@ impl<B: Backend + KernelOps> Backward<B, 2> for SparseDecode {
             grads.register::<B>(node.id, grad);
         }
         if let Some(node) = rows_node {
-            grads.register::<B>(
-                node.id,
-                B::sparse_decode_grad_rows(indices, values, grad, m),
-            );
+            grads.register::<B>(node.id, B::sparse_decode_grad_rows(indices, values, grad, m));
         }
     }
 }

@@ -38,10 +38,7 @@ pub fn top_k(x: Tensor<2>, k: usize) -> (Tensor<2>, Tensor<2, Int>) {
     let [_, m] = x.dims();
     assert!(0 < k && k <= m, "top_k: k = {k} is not in 1..={m}");
     let (values, indices) = Dispatch::top_k(x.into_dispatch(), k);
-    (
-        Tensor::from_dispatch(values),
-        Tensor::from_dispatch(indices),
-    )
+    (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
 }
 
 /// `relu(p)` at the `k` largest entries of `p ⊙ scale` per row, where `p = x·w + bias`.
@@ -64,10 +61,7 @@ pub fn top_k_encode(
     k: usize,
 ) -> (Tensor<2>, Tensor<2, Int>) {
     let ([_, d], [w_rows, m]) = (x.dims(), w.dims());
-    assert_eq!(
-        d, w_rows,
-        "top_k_encode: x has {d} columns, w {w_rows} rows"
-    );
+    assert_eq!(d, w_rows, "top_k_encode: x has {d} columns, w {w_rows} rows");
     assert_eq!(bias.dims(), [m], "top_k_encode: bias does not fit w");
     assert_eq!(scale.dims(), [m], "top_k_encode: scale does not fit w");
     assert!(0 < k && k <= m, "top_k_encode: k = {k} is not in 1..={m}");
@@ -78,10 +72,7 @@ pub fn top_k_encode(
         scale.into_dispatch(),
         k,
     );
-    (
-        Tensor::from_dispatch(values),
-        Tensor::from_dispatch(indices),
-    )
+    (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
 }
 
 /// `out[i] = Σ_j values[i, j] · rows[indices[i, j]]`: a sparse matrix times a dense one.
@@ -92,11 +83,7 @@ pub fn top_k_encode(
 /// # Panics
 /// If the shapes of `indices` and `values` differ, or (on CPU) an index is not below `m`.
 pub fn sparse_decode(indices: Tensor<2, Int>, values: Tensor<2>, rows: Tensor<2>) -> Tensor<2> {
-    assert_eq!(
-        indices.dims(),
-        values.dims(),
-        "sparse_decode: indices and values differ in shape"
-    );
+    assert_eq!(indices.dims(), values.dims(), "sparse_decode: indices and values differ in shape");
     Tensor::from_dispatch(Dispatch::sparse_decode(
         indices.into_dispatch(),
         values.into_dispatch(),
@@ -143,11 +130,7 @@ pub fn dot_rows(x: Tensor<2>, rows: Tensor<2>) -> Tensor<2> {
 pub fn rms_norm(x: Tensor<2>, gain: Tensor<1>, epsilon: f64) -> Tensor<2> {
     let [_, d] = x.dims();
     assert_eq!(gain.dims(), [d], "rms_norm: gain does not fit x");
-    Tensor::from_dispatch(Dispatch::rms_norm(
-        x.into_dispatch(),
-        gain.into_dispatch(),
-        epsilon,
-    ))
+    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), gain.into_dispatch(), epsilon))
 }
 
 /// `silu(gate) ⊙ up`, with `silu(a) = a / (1 + e^−a)`: the gate of a Llama MLP.
@@ -213,18 +196,10 @@ pub fn attention(
     let [batch, n, n_heads, d_head] = q.dims();
     let (k, v) = key_values.own;
     let [_, own, n_kv_heads, _] = k.dims();
-    assert_eq!(
-        k.dims(),
-        [batch, own, n_kv_heads, d_head],
-        "attention: keys"
-    );
+    assert_eq!(k.dims(), [batch, own, n_kv_heads, d_head], "attention: keys");
     assert_eq!(v.dims(), k.dims(), "attention: values do not fit the keys");
     assert_eq!(first_column.dims(), [batch], "attention: first_column");
-    assert_eq!(
-        n_heads % n_kv_heads,
-        0,
-        "attention: {n_heads} heads over {n_kv_heads} key heads"
-    );
+    assert_eq!(n_heads % n_kv_heads, 0, "attention: {n_heads} heads over {n_kv_heads} key heads");
     assert!(n <= own, "attention: {n} queries but {own} own columns");
     let (prefix_k, prefix_v) = key_values.prefix.unwrap_or_else(|| {
         let empty = || empty_prefix(n_kv_heads, d_head, &q.device());
@@ -284,9 +259,6 @@ pub fn adam_step(
     );
     (
         Tensor::from_dispatch(parameter),
-        AdamState {
-            first: Tensor::from_dispatch(first),
-            second: Tensor::from_dispatch(second),
-        },
+        AdamState { first: Tensor::from_dispatch(first), second: Tensor::from_dispatch(second) },
     )
 }

@@ -20,12 +20,7 @@ pub struct AdamConfig {
 impl AdamConfig {
     /// The usual constants: betas 0.9 and 0.999, epsilon 1e-8.
     pub fn new(learning_rate: f64) -> Self {
-        Self {
-            learning_rate,
-            beta_1: 0.9,
-            beta_2: 0.999,
-            epsilon: 1e-8,
-        }
+        Self { learning_rate, beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8 }
     }
 }
 
@@ -49,10 +44,7 @@ pub trait KernelOps: Backend {
         // A stable descending sort of indices keeps the lowest index first among equals.
         let (sorted, indices) = Self::float_sort_with_indices(x, 1, true, int);
         let head = [all(), burn::tensor::Slice::new(0, Some(k as isize), 1)];
-        (
-            Self::float_slice(sorted, &head),
-            Self::int_slice(indices, &head),
-        )
+        (Self::float_slice(sorted, &head), Self::int_slice(indices, &head))
     }
 
     fn top_k_encode(
@@ -81,7 +73,7 @@ pub trait KernelOps: Backend {
         Self::float_reshape(Self::float_matmul(values, gathered), Shape::new([n, d]))
     }
 
-    /// Also the xient of [`sparse_decode`](Self::sparse_decode) for the values.
+    /// Also the gradient of [`sparse_decode`](Self::sparse_decode) for the values.
     fn sparse_dot(
         indices: IntTensor<Self>,
         rows: FloatTensor<Self>,
@@ -219,10 +211,8 @@ pub trait KernelOps: Backend {
             Self::int_arange((total - n) as i64..total as i64, &device, int),
             Shape::new([1, 1, 1, n, 1]),
         );
-        let first = Self::int_reshape(
-            Self::int_cast(first_column, int),
-            Shape::new([batch, 1, 1, 1, 1]),
-        );
+        let first =
+            Self::int_reshape(Self::int_cast(first_column, int), Shape::new([batch, 1, 1, 1, 1]));
         let first = Self::int_add_scalar(first, (prefix as i64).into());
         let shape = Shape::new([batch, n_kv_heads, group, n, total]);
         let expand = |t| Self::int_expand(t, shape.clone());
@@ -254,12 +244,7 @@ pub trait KernelOps: Backend {
         step: usize,
         config: AdamConfig,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let AdamConfig {
-            learning_rate,
-            beta_1,
-            beta_2,
-            epsilon,
-        } = config;
+        let AdamConfig { learning_rate, beta_1, beta_2, epsilon } = config;
         let blend = |old, new, beta: f64| {
             Self::float_add(
                 Self::float_mul_scalar(old, beta.into()),
@@ -269,10 +254,8 @@ pub trait KernelOps: Backend {
         let first = blend(first, gradient.clone(), beta_1);
         let second = blend(second, Self::float_mul(gradient.clone(), gradient), beta_2);
         let (correction_1, correction_2) = bias_corrections(&config, step);
-        let root = Self::float_sqrt(Self::float_mul_scalar(
-            second.clone(),
-            (1.0 / correction_2).into(),
-        ));
+        let root =
+            Self::float_sqrt(Self::float_mul_scalar(second.clone(), (1.0 / correction_2).into()));
         let update = Self::float_div(
             Self::float_mul_scalar(first.clone(), (learning_rate / correction_1).into()),
             Self::float_add_scalar(root, epsilon.into()),
@@ -284,10 +267,7 @@ pub trait KernelOps: Backend {
 /// `1 − β₁ᵗ` and `1 − β₂ᵗ`.
 pub(crate) fn bias_corrections(config: &AdamConfig, step: usize) -> (f64, f64) {
     let step = step as f64;
-    (
-        1.0 - config.beta_1.powf(step),
-        1.0 - config.beta_2.powf(step),
-    )
+    (1.0 - config.beta_1.powf(step), 1.0 - config.beta_2.powf(step))
 }
 
 pub(crate) fn dims<const D: usize>(tensor: &impl TensorMetadata) -> [usize; D] {

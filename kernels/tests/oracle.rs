@@ -32,9 +32,7 @@ fn ints(tensor: Tensor<2, Int>) -> Vec<i64> {
 
 fn assert_close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) {
     let tolerance = Tolerance::<f32>::rel_abs(1e-4, 2e-5);
-    actual
-        .into_data()
-        .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
+    actual.into_data().assert_approx_eq::<f32>(&expected.into_data(), tolerance);
 }
 
 /// A full stable sort of each row.
@@ -198,9 +196,5 @@ fn nan_ranks_last_and_ties_go_to_the_lowest_index() {
 fn an_index_past_the_rows_panics() {
     let device = device();
     let indices = Tensor::<2, Int>::from_data(TensorData::new(vec![7i64], [1, 1]), &device);
-    kernels::sparse_decode(
-        indices,
-        noise([1, 1], 1, &device),
-        noise([7, 3], 2, &device),
-    );
+    kernels::sparse_decode(indices, noise([1, 1], 1, &device), noise([7, 3], 2, &device));
 }

@@ -39,8 +39,7 @@ impl LanguageModel {
         self.check_room(prompts, prefix, config)?;
         let mut answers = vec![Vec::new(); prompts.len()];
         let mut rows: Vec<usize> = (0..prompts.len()).collect();
-        let mut next =
-            TokenBatch::after(prompts, prefix.n_tokens(), self.config(), self.device())?;
+        let mut next = TokenBatch::after(prompts, prefix.n_tokens(), self.config(), self.device())?;
         let mut cache = self.cache(prefix.clone(), next.padding().to_vec());
         for step in 0..config.max_new_tokens {
             progress(rows.len());
@@ -49,7 +48,8 @@ impl LanguageModel {
             let residual = self.embed(&next, &positions, hook);
             let layers = 0..self.config().n_layers;
             let residual = self.blocks(residual, layers, &mut cache, hook)?;
-            let banned = if step < config.min_new_tokens { config.stop_ids.as_slice() } else { &[] };
+            let banned =
+                if step < config.min_new_tokens { config.stop_ids.as_slice() } else { &[] };
             let ids = argmax(self.unembed_last(residual, &positions, hook), banned);
 
             let mut kept = Vec::new();

@@ -250,10 +250,20 @@ mod tests {
     #[test]
     fn nothing_else_parses() {
         for name in [
-            "", "hook_embed ", "Hook_embed", "blocks.1", "blocks.1.", "blocks..hook_resid_pre",
-            "blocks.-1.hook_resid_pre", "blocks.+1.hook_resid_pre", "blocks.01.hook_resid_pre",
-            "blocks.1.hook_resid", "blocks.1.hook_resid_pre.x", "block.1.hook_resid_pre",
-            "blocks.99999999999999999999.hook_resid_pre", "ln_final.hook_out",
+            "",
+            "hook_embed ",
+            "Hook_embed",
+            "blocks.1",
+            "blocks.1.",
+            "blocks..hook_resid_pre",
+            "blocks.-1.hook_resid_pre",
+            "blocks.+1.hook_resid_pre",
+            "blocks.01.hook_resid_pre",
+            "blocks.1.hook_resid",
+            "blocks.1.hook_resid_pre.x",
+            "block.1.hook_resid_pre",
+            "blocks.99999999999999999999.hook_resid_pre",
+            "ln_final.hook_out",
         ] {
             let error = name.parse::<HookPoint>().unwrap_err();
             assert_eq!(error.name, name);

@@ -86,10 +86,7 @@ impl LanguageModel {
             return Ok(());
         }
         let last = self.config.n_layers - 1;
-        Err(HookError::NoSuchPoint {
-            point,
-            expected: format!("its blocks are 0 to {last}"),
-        })
+        Err(HookError::NoSuchPoint { point, expected: format!("its blocks are 0 to {last}") })
     }
 
     /// Logits at every position.

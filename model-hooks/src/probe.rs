@@ -45,7 +45,11 @@ impl Probe {
     ///
     /// # Panics
     /// If `D` is not the point's rank.
-    pub fn gradient<const D: usize>(&self, point: HookPoint, grads: &Gradients) -> Option<Tensor<D>> {
+    pub fn gradient<const D: usize>(
+        &self,
+        point: HookPoint,
+        grads: &Gradients,
+    ) -> Option<Tensor<D>> {
         let probed = self.probes.get(&point)?.as_ref()?;
         let zero = probed.zero.clone().into_tensor::<D>();
         Some(zero.grad(grads).unwrap_or_else(|| zero.inner().zeros_like()))

@@ -28,7 +28,8 @@ fn open(folder: &std::path::Path) -> Result<LanguageModel, String> {
         Err(error @ load::LoadError::Config { .. }) => return Err(chain(&error)),
         Err(error) => panic!("{}", chain(&error)),
     };
-    let model = LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &Device::flex());
+    let model =
+        LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &Device::flex());
     Ok(model.unwrap_or_else(|error| panic!("{}", chain(&error))))
 }
 
@@ -84,7 +85,9 @@ fn golden_config_of_either_spelling() {
     goldens::for_each_case("models", |case| {
         model(case)?;
         let folder = tempfile::tempdir().unwrap();
-        for (from, to) in [("config.v4.json", "config.json"), ("model.safetensors", "model.safetensors")] {
+        for (from, to) in
+            [("config.v4.json", "config.json"), ("model.safetensors", "model.safetensors")]
+        {
             std::fs::copy(case.folder().join(from), folder.path().join(to)).unwrap();
         }
         let model = open(folder.path())?;
@@ -106,8 +109,11 @@ fn golden_padded_rows() {
                 .map(|row| (0..n).filter(|&column| row[column] == 1).collect())
                 .collect();
             let ids = case.ids(&format!("{side}.input_ids"));
-            let rows: Vec<Vec<u32>> =
-                ids.iter().zip(&kept).map(|(ids, kept)| kept.iter().map(|&c| ids[c]).collect()).collect();
+            let rows: Vec<Vec<u32>> = ids
+                .iter()
+                .zip(&kept)
+                .map(|(ids, kept)| kept.iter().map(|&c| ids[c]).collect())
+                .collect();
             let tokens = batch(&model, &rows);
             let logits = model.logits(&tokens, &mut ()).unwrap();
             let [_, _, d_vocab] = logits.dims();
@@ -128,7 +134,11 @@ fn golden_padded_rows() {
             if side == "leftpad" {
                 let greedy = case.ids("leftpad.greedy_ids");
                 let expected: Vec<_> = greedy.iter().map(|row| row[n..].to_vec()).collect();
-                assert_eq!(generate(&model, &rows, expected[0].len()), expected, "leftpad.greedy_ids");
+                assert_eq!(
+                    generate(&model, &rows, expected[0].len()),
+                    expected,
+                    "leftpad.greedy_ids"
+                );
             }
         }
         Ok(())
@@ -184,7 +194,12 @@ fn golden_gradient_at_a_hook_point() {
         let end = model.blocks(leaf.clone(), 1..last, &mut kv, &mut ()).unwrap();
         let logits = model.unembed_last(end, &positions, &mut ());
         let grads = logits.narrow(1, 7, 1).sum().backward();
-        assert_close("gradient from a residual", &floats(leaf.grad(&grads).unwrap()), &expected, TOLERANCE);
+        assert_close(
+            "gradient from a residual",
+            &floats(leaf.grad(&grads).unwrap()),
+            &expected,
+            TOLERANCE,
+        );
         Ok(())
     });
 }

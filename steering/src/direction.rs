@@ -24,8 +24,7 @@ pub fn difference_of_means(towards: Tensor<2>, away: Tensor<2>) -> Tensor<1> {
 /// A direction drawn uniformly from the sphere of the given norm.
 pub fn random_direction(d_model: usize, length: f64, seed: u64, device: &Device) -> Tensor<1> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f32> =
-        (0..d_model).map(|_| StandardNormal.sample(&mut rng)).collect();
+    let values: Vec<f32> = (0..d_model).map(|_| StandardNormal.sample(&mut rng)).collect();
     let direction = Tensor::<1>::from_data(TensorData::new(values, [d_model]), device);
     let scale = length / norm(&direction);
     direction * scale

@@ -40,12 +40,7 @@ impl Rate {
     pub fn wilson(successes: usize, n: usize) -> Self {
         assert!(successes <= n, "{successes} successes in {n} trials");
         if n == 0 {
-            return Self {
-                rate: 0.0,
-                low: 0.0,
-                high: 1.0,
-                n,
-            };
+            return Self { rate: 0.0, low: 0.0, high: 1.0, n };
         }
         let trials = n as f64;
         let rate = successes as f64 / trials;
@@ -101,10 +96,7 @@ mod tests {
     #[test]
     fn half_of_ten() {
         let rate = Rate::wilson(5, 10);
-        assert!(
-            close(rate.low, 0.236_593) && close(rate.high, 0.763_407),
-            "{rate:?}"
-        );
+        assert!(close(rate.low, 0.236_593) && close(rate.high, 0.763_407), "{rate:?}");
     }
 
     /// p = 2/3, z² = 3.841459, n = 24: centre (0.6666667 + 0.0800304) / 1.1600608 = 0.6436706,
@@ -112,25 +104,14 @@ mod tests {
     #[test]
     fn sixteen_of_twenty_four() {
         let rate = Rate::wilson(16, 24);
-        assert!(
-            close(rate.low, 0.467_063) && close(rate.high, 0.820_278),
-            "{rate:?}"
-        );
+        assert!(close(rate.low, 0.467_063) && close(rate.high, 0.820_278), "{rate:?}");
         assert_eq!(rate.to_string(), "67 % [47, 82]");
     }
 
     #[test]
     fn no_trials_say_nothing_and_survive_json() {
         let rate = Rate::wilson(0, 0);
-        assert_eq!(
-            rate,
-            Rate {
-                rate: 0.0,
-                low: 0.0,
-                high: 1.0,
-                n: 0
-            }
-        );
+        assert_eq!(rate, Rate { rate: 0.0, low: 0.0, high: 1.0, n: 0 });
         assert_eq!(rate.to_string(), "n/a");
         let json = serde_json::to_string(&rate).unwrap();
         assert_eq!(json, r#"{"rate":0.0,"low":0.0,"high":1.0,"n":0}"#);

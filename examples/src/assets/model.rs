@@ -42,7 +42,10 @@ pub fn load_model(wanted: Option<&str>, device: &Device) -> Result<LoadedModel> 
     let hash = hash_path(&path)?;
     let mut checkpoint = load::open(&path)?;
     let missing = |what| {
-        anyhow!("{} has no {what}, and a chat model is needed: pass another --model", path.display())
+        anyhow!(
+            "{} has no {what}, and a chat model is needed: pass another --model",
+            path.display()
+        )
     };
     let tokenizer = checkpoint.tokenizer.take().ok_or_else(|| missing("tokenizer"))?;
     let template = checkpoint.chat_template.take().ok_or_else(|| missing("chat template"))?;
@@ -62,8 +65,11 @@ fn locate(wanted: Option<&str>) -> Result<PathBuf> {
              Hugging Face folder) or --model OWNER/NAME",
         ),
         Some(path) if Path::new(path).exists() => Ok(path.into()),
-        Some(id) if id.contains('/') && !id.starts_with(['.', '/']) => hub::fetch(id)
-            .with_context(|| format!("no model: there is no file {id}, and the hub did not give it")),
+        Some(id) if id.contains('/') && !id.starts_with(['.', '/']) => {
+            hub::fetch(id).with_context(|| {
+                format!("no model: there is no file {id}, and the hub did not give it")
+            })
+        }
         Some(path) => Err(anyhow!(
             "no model: {path} is neither a file, a folder, nor a hub id such as owner/name"
         )),

@@ -97,8 +97,8 @@ fn chitchat(text: &str) -> Result<Vec<Dialogue>> {
     let file: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
     let mut dialogues = Vec::new();
     for (id, value) in file {
-        let conversation: Conversation = serde_json::from_value(value)
-            .with_context(|| format!("conversation {id}"))?;
+        let conversation: Conversation =
+            serde_json::from_value(value).with_context(|| format!("conversation {id}"))?;
         let turn = |messages: &Vec<Message>| {
             messages.iter().map(|message| message.text.trim()).collect::<Vec<_>>().join(" ")
         };

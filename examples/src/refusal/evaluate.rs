@@ -3,9 +3,7 @@
 use anyhow::Result;
 use burn::tensor::Tensor;
 use model_hooks::{GenerateConfig, Hook, HookPoint, SharedPrefix};
-use steering::{
-    Intervention, Judge, Outcome, PhraseJudge, Rate, Steering, norm, random_direction,
-};
+use steering::{Intervention, Judge, Outcome, PhraseJudge, Rate, Steering, norm, random_direction};
 
 use super::During;
 use super::chats::{Chats, common_prefix};
@@ -23,10 +21,6 @@ const BATCH_ROWS: usize = 80;
 const BATCH_TOKENS: usize = 512;
 /// Position 0 is left alone: the autoencoder has not seen it.
 const FROM_POSITION: usize = 1;
-/// How many times the mean difference is added.
-const MEAN_DIFFERENCE_STRENGTHS: [f64; 3] = [0.5, 1.0, 2.0];
-/// Controls reach as far as the chosen latent does at the strongest of its strengths.
-const N_CONTROL_STRENGTHS: usize = 2;
 /// Answers shown before and after.
 const N_EXAMPLES: usize = 5;
 
@@ -45,11 +39,8 @@ impl<'a> Generator<'a> {
         shots: &'a [Turn],
         max_new_tokens: usize,
     ) -> Self {
-        let config = GenerateConfig {
-            max_new_tokens,
-            min_new_tokens: 0,
-            stop_ids: chats.stop_ids.clone(),
-        };
+        let config =
+            GenerateConfig { max_new_tokens, min_new_tokens: 0, stop_ids: chats.stop_ids.clone() };
         Self { loaded, chats, shots, config }
     }
 
@@ -147,8 +138,10 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
         let index = doses.iter().position(|&other| other == dose).expect("one of the doses");
         perplexities[index] / perplexities[0]
     };
-    let generations: Vec<Generation> =
-        answered.iter().flat_map(|(treatment, answers)| judged(setup, treatment, answers)).collect();
+    let generations: Vec<Generation> = answered
+        .iter()
+        .flat_map(|(treatment, answers)| judged(setup, treatment, answers))
+        .collect();
     let mut rows: Vec<Row> = answered
         .iter()
         .map(|(treatment, _)| count(*treatment, &generations, ratio(treatment)))
@@ -161,18 +154,23 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
 impl Setup<'_> {
     /// Every method with its strengths; the unsteered model first.
     fn doses(&self) -> Vec<(Method, f64)> {
-        let Scale { strengths, bundle_strengths, .. } = self.scale;
-        let latent = strengths.iter().map(|&strength| (Method::Latent, strength));
-        let bundle = bundle_strengths.iter().map(|&strength| (Method::Bundle, strength));
-        let controls = [Method::UnrelatedLatent, Method::RandomLatent, Method::RandomDirection];
-        std::iter::once((Method::Base, 0.0))
-            .chain(latent)
-            .chain(bundle)
-            .chain(MEAN_DIFFERENCE_STRENGTHS.map(|strength| (Method::MeanDifference, strength)))
-            .chain(controls.into_iter().flat_map(|method| {
-                strengths.iter().rev().take(N_CONTROL_STRENGTHS).rev().map(move |&s| (method, s))
-            }))
-            .collect()
+        let scale = self.scale;
+        let doses = |method: Method, strengths: &[f64]| -> Vec<(Method, f64)> {
+            strengths.iter().map(|&strength| (method, strength)).collect()
+        };
+        // Controls where steering did best on the selection split.
+        let mut best = vec![self.found.latent_strength, self.found.headline.strength];
+        best.dedup();
+        [
+            doses(Method::Base, &[0.0]),
+            doses(Method::Latent, &scale.strengths),
+            doses(Method::Bundle, &scale.bundle_strengths),
+            doses(Method::MeanDifference, &scale.mean_difference_strengths),
+            doses(Method::UnrelatedLatent, &best),
+            doses(Method::RandomLatent, &best),
+            doses(Method::RandomDirection, &best),
+        ]
+        .concat()
     }
 
     fn hook(&self, method: Method, strength: f64) -> Result<Option<Steering<'_>>> {
@@ -198,9 +196,19 @@ impl Setup<'_> {
         Ok(Steering::new(self.point, Intervention::Add { direction }, FROM_POSITION)?)
     }
 
-    /// How far the chosen latent at strength 1 reaches in the residual stream.
+    /// How far the latents that did best on the selection split reach in the residual stream at
+    /// strength 1: controls reach as far at the same strength.
     fn unit_length(&self) -> f64 {
-        self.trained.max_activation(self.found.latent) * self.direction_norm(self.found.latent)
+        let latents = match self.found.headline.method {
+            Method::Bundle => self.found.bundle.as_slice(),
+            _ => std::slice::from_ref(&self.found.latent),
+        };
+        let directions = self.trained.sae.directions();
+        let d_in = directions.dims()[1];
+        let reach = latents.iter().map(|&latent| {
+            directions.clone().narrow(0, latent, 1) * self.trained.max_activation(latent)
+        });
+        reach.reduce(|a, b| a + b).map_or(0.0, |sum| norm(&sum.reshape([d_in])))
     }
 
     fn direction_norm(&self, latent: usize) -> f64 {
@@ -209,7 +217,7 @@ impl Setup<'_> {
         norm(&directions.narrow(0, latent, 1).reshape([d_in]))
     }
 
-    /// A control latent, clamped so that it reaches as far as the chosen one does.
+    /// A control latent, clamped so that it reaches as far as the headline's latents do.
     fn matched(&self, latent: usize, strength: f64) -> Result<Steering<'_>> {
         let value = strength * self.unit_length() / self.direction_norm(latent);
         let intervention =
@@ -277,9 +285,8 @@ fn examples(generations: &[Generation], headline: Treatment) -> Vec<Example> {
     let answer = |treatment: Treatment, prompt: &str| {
         generations.iter().find(|g| g.treatment == treatment && g.prompt == prompt)
     };
-    let of_kind = |kind| {
-        generations.iter().filter(move |g| g.treatment == headline && g.kind == kind)
-    };
+    let of_kind =
+        |kind| generations.iter().filter(move |g| g.treatment == headline && g.kind == kind);
     let n_safe = N_EXAMPLES / 2;
     of_kind(results::PromptKind::Unsafe)
         .take(N_EXAMPLES - n_safe)

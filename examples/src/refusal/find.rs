@@ -38,6 +38,8 @@ const BATCH_TOKENS: usize = 1024;
 pub(super) struct Found {
     /// The latent that steers alone.
     pub(super) latent: usize,
+    /// The strength at which it did best on the selection split.
+    pub(super) latent_strength: f64,
     /// Latents that steer together; the first is not always `latent`.
     pub(super) bundle: Vec<usize>,
     /// Fires about as often as the chosen latent, but never on refusing answers.
@@ -83,11 +85,7 @@ impl Found {
             .map(|latent| SteeringLatent {
                 latent,
                 max_activation: trained.max_activation(latent),
-                top_tokens: trained
-                    .top_tokens(latent)
-                    .iter()
-                    .map(|&id| chats.token(id))
-                    .collect(),
+                top_tokens: trained.top_tokens(latent).iter().map(|&id| chats.token(id)).collect(),
             })
             .collect()
     }
@@ -127,6 +125,7 @@ pub(super) fn find(
         search.controls(&refusing.conversations, &slopes, chosen.latent, seed)?;
     Ok(Found {
         latent: chosen.latent,
+        latent_strength: chosen.latent_strength,
         bundle: chosen.bundle,
         unrelated,
         random,
@@ -172,6 +171,7 @@ struct Attempt {
 
 struct Chosen {
     latent: usize,
+    latent_strength: f64,
     bundle: Vec<usize>,
     headline: Treatment,
     refused_share: f64,
@@ -183,16 +183,11 @@ impl Search<'_> {
     }
 
     fn answers(&self, turns: &[Turn]) -> Result<Answers> {
-        let answered = turns
-            .iter()
-            .map(|turn| self.chats.answered(turn))
-            .collect::<Result<Vec<_>>>()?;
+        let answered =
+            turns.iter().map(|turn| self.chats.answered(turn)).collect::<Result<Vec<_>>>()?;
         let ids: Vec<&[u32]> = answered.iter().map(|answered| answered.ids.as_slice()).collect();
-        let config = HarvestConfig {
-            point: self.point,
-            batch_tokens: BATCH_TOKENS,
-            skip_positions: 1,
-        };
+        let config =
+            HarvestConfig { point: self.point, batch_tokens: BATCH_TOKENS, skip_positions: 1 };
         let (mut answers, mut conversations) = <(LatentStatistics, LatentStatistics)>::default();
         let mut kept = Vec::new();
         let sink = |harvested: Harvested| {
@@ -247,10 +242,10 @@ impl Search<'_> {
         slopes: &[f32],
     ) -> Result<Vec<Candidate>> {
         // Half by contrast, half by what the gradient promises of a clamp to the same multiple.
-        let promise = |c: &Contrast| {
-            f64::from(slopes[c.latent]) * self.trained.max_activation(c.latent)
-        };
-        let mut by_promise: Vec<&Contrast> = contrasts.iter().filter(|c| c.difference > 0.0).collect();
+        let promise =
+            |c: &Contrast| f64::from(slopes[c.latent]) * self.trained.max_activation(c.latent);
+        let mut by_promise: Vec<&Contrast> =
+            contrasts.iter().filter(|c| c.difference > 0.0).collect();
         by_promise.sort_by(|a, b| promise(b).total_cmp(&promise(a)));
         let half = self.scale.n_candidates / 2;
         let mut picked: Vec<&Contrast> = contrasts.iter().take(half).collect();
@@ -318,6 +313,7 @@ impl Search<'_> {
         };
         Ok(Chosen {
             latent: single.latents[0],
+            latent_strength: single.strength,
             headline: Treatment { arm: Arm::ZeroShot, method, strength: best.strength },
             refused_share: best.refused,
             bundle,
@@ -380,7 +376,8 @@ impl<'a> Trial<'a> {
     fn new(search: &'a Search<'_>, rows: &[Vec<u32>], refusal_tokens: &'a [u32]) -> Result<Self> {
         let model = &search.loaded.model;
         let layer = search.point.layer().unwrap_or(0);
-        let tokens = TokenBatch::new(rows, model.config(), model.device()).during("reading prompts")?;
+        let tokens =
+            TokenBatch::new(rows, model.config(), model.device()).during("reading prompts")?;
         let mut cache = ActivationCache::new([search.point]);
         let residual = model.run_until(&tokens, layer + 1, &mut cache).during("reading prompts")?;
         Ok(Self { search, tokens, residual, refusal_tokens, layer })

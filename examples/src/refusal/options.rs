@@ -47,7 +47,7 @@ pub struct Options {
 /// How large everything is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scale {
-    /// Tokens to train the autoencoder on, passes over them, and latents per input dimension.
+    /// How the autoencoder is trained.
     pub training: TrainingScale,
     /// Latents active on a token.
     pub k: usize,
@@ -69,6 +69,8 @@ pub struct Scale {
     pub strengths: Vec<f64>,
     /// The same for the latents of a bundle, which add up.
     pub bundle_strengths: Vec<f64>,
+    /// How many times the mean difference is added.
+    pub mean_difference_strengths: Vec<f64>,
 }
 
 /// How large the training of the autoencoder is.
@@ -103,13 +105,14 @@ impl Default for Scale {
             k: 32,
             n_test_prompts: 80,
             n_selection_prompts: 24,
-            n_candidates: 32,
-            n_finalists: 8,
+            n_candidates: 24,
+            n_finalists: 12,
             bundle: 5,
             max_new_tokens: 24,
             n_perplexity_tokens: 2_000,
             strengths: vec![0.5, 1.0, 1.5, 2.0],
             bundle_strengths: vec![0.4, 0.6, 0.8, 1.0],
+            mean_difference_strengths: vec![1.0, 2.0],
         }
     }
 }
@@ -118,15 +121,15 @@ impl Scale {
     /// For CI: minutes on two cores, and still strong enough to show the effect.
     pub fn quick() -> Self {
         Self {
-            training: TrainingScale { n_tokens: 40_000, n_passes: 6, expansion: 4, batch: 1024 },
+            training: TrainingScale { n_tokens: 60_000, ..Self::default().training },
             n_test_prompts: 25,
             n_selection_prompts: 12,
-            n_candidates: 24,
-            n_finalists: 6,
-            max_new_tokens: 20,
+            n_finalists: 10,
+            max_new_tokens: 18,
             n_perplexity_tokens: 600,
             strengths: vec![1.0, 2.0],
-            bundle_strengths: vec![0.5, 0.8],
+            bundle_strengths: vec![0.4, 0.6],
+            mean_difference_strengths: vec![2.0],
             ..Self::default()
         }
     }

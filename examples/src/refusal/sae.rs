@@ -208,10 +208,7 @@ impl Activations {
             let shape = [values.len() / d_in, d_in];
             Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
         };
-        self.values
-            .chunks(ENCODE_ROWS * d_in)
-            .map(tensor)
-            .zip(self.tokens.chunks(ENCODE_ROWS))
+        self.values.chunks(ENCODE_ROWS * d_in).map(tensor).zip(self.tokens.chunks(ENCODE_ROWS))
     }
 }
 
@@ -236,9 +233,8 @@ fn harvest(
         let sink = |harvested: Harvested| {
             let rows = harvested.activations.into_data();
             activations.values.extend_from_slice(rows.as_slice::<f32>().expect("f32 activations"));
-            let token = |place: &model_hooks::Place| {
-                texts[place.text][place.position - prefix.n_tokens()]
-            };
+            let token =
+                |place: &model_hooks::Place| texts[place.text][place.position - prefix.n_tokens()];
             activations.tokens.extend(harvested.places.iter().map(token));
             bar.inc(harvested.places.len() as u64);
             true

@@ -45,10 +45,7 @@ impl Ranged for Axis {
 impl Axis {
     /// From 0 to 100 %, with room for a marker at either end.
     fn of_shares() -> Self {
-        Self {
-            range: -0.03..1.03,
-            ticks: vec![0.0, 0.25, 0.5, 0.75, 1.0],
-        }
+        Self { range: -0.03..1.03, ticks: vec![0.0, 0.25, 0.5, 0.75, 1.0] }
     }
 }
 
@@ -89,23 +86,10 @@ pub(super) fn cost(rows: &[&Row]) -> Result<String> {
     };
     let logs = || rows.iter().map(|row| row.perplexity_ratio.log10());
     // A chart in which nothing costs anything still shows the way from 1 to 2.
-    let (low, high) = (
-        logs().fold(0.0, f64::min),
-        logs().fold(2f64.log10(), f64::max),
-    );
+    let (low, high) = (logs().fold(0.0, f64::min), logs().fold(2f64.log10(), f64::max));
     let margin = 0.06 * (high - low);
-    let axis = Axis {
-        range: low - margin..high + margin,
-        ticks: decade_ticks(low, high),
-    };
-    draw(
-        axis,
-        "perplexity ratio",
-        &|log| tick(10f64.powf(*log)),
-        rows,
-        mark,
-        None,
-    )
+    let axis = Axis { range: low - margin..high + margin, ticks: decade_ticks(low, high) };
+    draw(axis, "perplexity ratio", &|log| tick(10f64.powf(*log)), rows, mark, None)
 }
 
 /// The marker that stands for a method, for a legend.
@@ -174,20 +158,11 @@ fn draw(
 fn draw_marks(chart: &mut Chart, series: &[(Method, Vec<Mark>)]) -> Result<()> {
     for (method, marks) in series {
         let colour = colour(*method);
-        for Mark {
-            at: (x, y),
-            x_interval,
-            y_interval,
-            ..
-        } in marks
-        {
+        for Mark { at: (x, y), x_interval, y_interval, .. } in marks {
             let across = x_interval.map(|(low, high)| vec![(low, *y), (high, *y)]);
             let up = vec![(*x, y_interval.0), (*x, y_interval.1)];
             chart.draw_series(
-                across
-                    .into_iter()
-                    .chain([up])
-                    .map(|bar| PathElement::new(bar, colour.mix(0.4))),
+                across.into_iter().chain([up]).map(|bar| PathElement::new(bar, colour.mix(0.4))),
             )?;
         }
         chart.draw_series(LineSeries::new(
@@ -198,9 +173,7 @@ fn draw_marks(chart: &mut Chart, series: &[(Method, Vec<Mark>)]) -> Result<()> {
     // Above every line, those that the page is about on top.
     for (method, marks) in series.iter().rev() {
         chart.draw_series(
-            marks
-                .iter()
-                .map(|mark| EmptyElement::at(mark.at) + marker(*method, (0, 0))),
+            marks.iter().map(|mark| EmptyElement::at(mark.at) + marker(*method, (0, 0))),
         )?;
     }
     Ok(())
@@ -212,21 +185,13 @@ fn draw_strengths(chart: &mut Chart, series: &[(Method, Vec<Mark>)]) -> Result<(
     let mut taken = Vec::new();
     let mut lines = Vec::new();
     for (_, marks) in series {
-        let pixels: Vec<_> = marks
-            .iter()
-            .map(|mark| chart.backend_coord(&mark.at))
-            .collect();
+        let pixels: Vec<_> = marks.iter().map(|mark| chart.backend_coord(&mark.at)).collect();
         taken.extend(pixels.iter().map(|at| Area::around(*at, 4)));
         lines.extend(pixels.windows(2).flat_map(|ends| along(ends[0], ends[1])));
     }
     let plot = {
         let (x, y) = chart.plotting_area().get_pixel_range();
-        Area {
-            left: x.start,
-            top: y.start,
-            right: x.end,
-            bottom: y.end,
-        }
+        Area { left: x.start, top: y.start, right: x.end, bottom: y.end }
     };
     for (method, marks) in series {
         let labelled = match method {
@@ -278,12 +243,7 @@ struct Area {
 
 impl Area {
     fn around((x, y): (i32, i32), reach: i32) -> Self {
-        Self {
-            left: x - reach,
-            top: y - reach,
-            right: x + reach,
-            bottom: y + reach,
-        }
+        Self { left: x - reach, top: y - reach, right: x + reach, bottom: y + reach }
     }
 
     fn meets(&self, other: &Self) -> bool {
@@ -305,13 +265,7 @@ impl Area {
 fn along((x0, y0): (i32, i32), (x1, y1): (i32, i32)) -> impl Iterator<Item = Area> {
     let n_steps = ((x1 - x0).abs().max((y1 - y0).abs()) / 3).max(1);
     (0..=n_steps).map(move |step| {
-        Area::around(
-            (
-                x0 + (x1 - x0) * step / n_steps,
-                y0 + (y1 - y0) * step / n_steps,
-            ),
-            1,
-        )
+        Area::around((x0 + (x1 - x0) * step / n_steps, y0 + (y1 - y0) * step / n_steps), 1)
     })
 }
 
@@ -332,16 +286,7 @@ fn marker(method: Method, (x, y): (i32, i32)) -> Polygon<(i32, i32)> {
             (-6, -2),
             (-2, -2),
         ],
-        Method::Latent => &[
-            (-2, -5),
-            (2, -5),
-            (5, -2),
-            (5, 2),
-            (2, 5),
-            (-2, 5),
-            (-5, 2),
-            (-5, -2),
-        ],
+        Method::Latent => &[(-2, -5), (2, -5), (5, -2), (5, 2), (2, 5), (-2, 5), (-5, 2), (-5, -2)],
         Method::Bundle => &[(-5, -5), (5, -5), (5, 5), (-5, 5)],
         Method::MeanDifference => &[(0, -6), (6, 0), (0, 6), (-6, 0)],
         Method::UnrelatedLatent => &[(0, -5), (5, 4), (-5, 4)],
@@ -390,11 +335,7 @@ fn decade_ticks(low: f64, high: f64) -> Vec<f64> {
     let stride = ((high - low) / 6.0).ceil().max(1.0) as i32;
     (low.floor() as i32..=high.ceil() as i32)
         .filter(|decade| decade.rem_euclid(stride) == 0)
-        .flat_map(|decade| {
-            steps
-                .iter()
-                .map(move |step| f64::from(decade) + step.log10())
-        })
+        .flat_map(|decade| steps.iter().map(move |step| f64::from(decade) + step.log10()))
         .filter(|log| (low..=high).contains(log))
         .collect()
 }
@@ -428,10 +369,7 @@ mod tests {
                 .map(|log| 10f64.powf(log).round())
                 .collect()
         };
-        assert_eq!(
-            decade_ticks(0.0, 2f64.log10()),
-            [1.0f64, 1.2, 1.5, 2.0].map(f64::log10)
-        );
+        assert_eq!(decade_ticks(0.0, 2f64.log10()), [1.0f64, 1.2, 1.5, 2.0].map(f64::log10));
         assert_eq!(ratios(0.9, 60.0), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0]);
         assert_eq!(ratios(1.0, 2e4), [1.0, 10.0, 100.0, 1e3, 1e4]);
         assert_eq!(ratios(1.0, 1e8), [1.0, 100.0, 1e4, 1e6, 1e8]);
@@ -449,15 +387,8 @@ mod tests {
     fn a_line_is_covered_from_end_to_end() {
         let areas: Vec<Area> = along((0, 0), (30, 9)).collect();
         for at in [(0, 0), (15, 4), (30, 9)] {
-            assert!(
-                areas.iter().any(|area| area.meets(&Area::around(at, 0))),
-                "{at:?}"
-            );
+            assert!(areas.iter().any(|area| area.meets(&Area::around(at, 0))), "{at:?}");
         }
-        assert!(
-            !areas
-                .iter()
-                .any(|area| area.meets(&Area::around((0, 9), 2)))
-        );
+        assert!(!areas.iter().any(|area| area.meets(&Area::around((0, 9), 2))));
     }
 }

@@ -24,12 +24,7 @@ impl<'a> Vectors<'a> {
     fn new(data: &'a [f32], [_, n, n_heads, d_head]: [usize; 4], row: usize, head: usize) -> Self {
         let stride = n_heads * d_head;
         let from = (row * n * stride + head * d_head).min(data.len());
-        Self {
-            data: &data[from..],
-            stride,
-            n,
-            d_head,
-        }
+        Self { data: &data[from..], stride, n, d_head }
     }
 
     #[inline(always)]
@@ -90,14 +85,12 @@ pub(super) fn attention(
 
     let mut out = vec![0f32; batch * n * n_heads * d_head];
     let width = group * d_head;
-    out.par_chunks_mut(n_heads * d_head)
-        .enumerate()
-        .for_each(|(position, out)| {
-            let (row, i) = (position / n, position % n);
-            for (kv_head, out) in out.chunks_exact_mut(width).enumerate() {
-                out.copy_from_slice(&heads[row * n_kv_heads + kv_head][i * width..][..width]);
-            }
-        });
+    out.par_chunks_mut(n_heads * d_head).enumerate().for_each(|(position, out)| {
+        let (row, i) = (position / n, position % n);
+        for (kv_head, out) in out.chunks_exact_mut(width).enumerate() {
+            out.copy_from_slice(&heads[row * n_kv_heads + kv_head][i * width..][..width]);
+        }
+    });
     new_floats(out, shape)
 }
 

@@ -89,19 +89,11 @@ fn packed(tensor: Float) -> Float {
     let whole = tensor.is_contiguous()
         && tensor.layout().start_offset() == 0
         && tensor.bytes().len() == n_bytes;
-    if whole {
-        tensor
-    } else {
-        tensor.to_contiguous()
-    }
+    if whole { tensor } else { tensor.to_contiguous() }
 }
 
 fn floats(tensor: &Float) -> &[f32] {
-    assert_eq!(
-        tensor.dtype(),
-        DType::F32,
-        "the CPU kernels work on f32 tensors"
-    );
+    assert_eq!(tensor.dtype(), DType::F32, "the CPU kernels work on f32 tensors");
     let slice = tensor.as_slice::<f32>();
     &slice.expect("packed tensors are contiguous")[..tensor.layout().num_elements()]
 }

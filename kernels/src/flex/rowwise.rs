@@ -26,11 +26,7 @@ pub(super) fn silu_mul(gate: Float, up: Float) -> Float {
     let (gate, up) = (packed(gate), packed(up));
     let mut out = vec![0f32; n * m];
     out.par_chunks_mut(TASK)
-        .zip(
-            floats(&gate)
-                .par_chunks(TASK)
-                .zip(floats(&up).par_chunks(TASK)),
-        )
+        .zip(floats(&gate).par_chunks(TASK).zip(floats(&up).par_chunks(TASK)))
         .for_each(|(out, (gate, up))| silu_mul_slice(out, gate, up));
     new_floats(out, [n, m])
 }
@@ -42,11 +38,7 @@ pub(super) fn rotary(x: Float, cos: Float, sin: Float) -> Float {
     let mut out = vec![0f32; x.len()];
     out.par_chunks_mut(width)
         .zip(x.par_chunks(width))
-        .zip(
-            floats(&cos)
-                .par_chunks(half)
-                .zip(floats(&sin).par_chunks(half)),
-        )
+        .zip(floats(&cos).par_chunks(half).zip(floats(&sin).par_chunks(half)))
         .with_min_len(TASK.div_ceil(width))
         .for_each(|((out, x), (cos, sin))| rotate_heads(out, x, cos, sin));
     new_floats(out, shape)

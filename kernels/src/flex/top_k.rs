@@ -25,21 +25,14 @@ struct Candidate {
 impl Candidate {
     /// Larger keys first, then lower columns; keys are never NaN.
     fn order(&self, other: &Self) -> std::cmp::Ordering {
-        other
-            .key
-            .total_cmp(&self.key)
-            .then(self.column.cmp(&other.column))
+        other.key.total_cmp(&self.key).then(self.column.cmp(&other.column))
     }
 }
 
 /// `−0` and NaN would break ties or comparisons.
 #[inline(always)]
 fn key(x: f32) -> f32 {
-    if x.is_nan() {
-        f32::NEG_INFINITY
-    } else {
-        x + 0.0
-    }
+    if x.is_nan() { f32::NEG_INFINITY } else { x + 0.0 }
 }
 
 pub(super) fn top_k(x: Float, k: usize) -> (Float, Int) {
@@ -63,14 +56,8 @@ pub(super) fn top_k_encode(
     let mut picked = Picked::new(n, k);
     for start in (0..n).step_by(TILE_ROWS) {
         let end = (start + TILE_ROWS).min(n);
-        let rows = [
-            Slice::new(start as isize, Some(end as isize), 1),
-            Slice::full(),
-        ];
-        let tile = packed(Flex::float_matmul(
-            Flex::float_slice(x.clone(), &rows),
-            w.clone(),
-        ));
+        let rows = [Slice::new(start as isize, Some(end as isize), 1), Slice::full()];
+        let tile = packed(Flex::float_matmul(Flex::float_slice(x.clone(), &rows), w.clone()));
         picked.scan(floats(&tile), m, |row, best| {
             scan_encoded(row, bias, scale, k, best);
         });
@@ -90,11 +77,7 @@ struct Picked {
 
 impl Picked {
     fn new(n: usize, k: usize) -> Self {
-        Self {
-            values: Vec::with_capacity(n * k),
-            columns: Vec::with_capacity(n * k),
-            k,
-        }
+        Self { values: Vec::with_capacity(n * k), columns: Vec::with_capacity(n * k), k }
     }
 
     /// Appends the picks of every row of `x`.
@@ -120,10 +103,7 @@ impl Picked {
     }
 
     fn into_tensors(self, n: usize, k: usize) -> (Float, Int) {
-        (
-            new_floats(self.values, [n, k]),
-            new_ints(self.columns, [n, k]),
-        )
+        (new_floats(self.values, [n, k]), new_ints(self.columns, [n, k]))
     }
 }
 
@@ -159,11 +139,7 @@ fn scan(m: usize, k: usize, best: &mut Vec<Candidate>, at: impl Fn(usize) -> (f3
     best.clear();
     let candidate = |i: usize| {
         let (ranked, value) = at(i);
-        Candidate {
-            key: key(ranked),
-            value,
-            column: i as u32,
-        }
+        Candidate { key: key(ranked), value, column: i as u32 }
     };
     best.extend((0..k).map(candidate));
     let mut threshold = best.iter().map(|c| c.key).fold(f32::INFINITY, f32::min);

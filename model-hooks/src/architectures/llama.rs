@@ -39,7 +39,8 @@ impl Block {
         let attn_out = fire(hook, point(Site::AttnOut), attn_out, positions);
         let resid_mid = fire(hook, point(Site::ResidMid), resid_pre + attn_out, positions);
 
-        let normed = self.ln2.forward(resid_mid.clone(), NormPoints::second(layer), positions, hook);
+        let normed =
+            self.ln2.forward(resid_mid.clone(), NormPoints::second(layer), positions, hook);
         let mlp_out = self.mlp.forward(normed, layer, positions, hook);
         let mlp_out = fire(hook, point(Site::MlpOut), mlp_out, positions);
         fire(hook, point(Site::ResidPost), resid_mid + mlp_out, positions)
@@ -61,7 +62,11 @@ pub(super) fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<Ne
     Ok(Network { embedding, blocks, ln_final, unembedding })
 }
 
-fn block(config: &ModelConfig, weights: &mut Weights<'_>, layer: usize) -> Result<Block, LoadError> {
+fn block(
+    config: &ModelConfig,
+    weights: &mut Weights<'_>,
+    layer: usize,
+) -> Result<Block, LoadError> {
     let name = |part: &str| format!("model.layers.{layer}.{part}");
     let d_model = config.d_model;
     let AttentionConfig { n_heads, n_kv_heads, d_head, bias, .. } = config.attention;

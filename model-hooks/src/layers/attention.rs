@@ -80,9 +80,8 @@ fn masked_scores(
     let scores = q.swap_dims(1, 2).matmul(keys.swap_dims(2, 3)) * scale;
 
     let shape = [batch, n_heads, n, total];
-    let key = Tensor::<1, Int>::arange(0..total as i64, &device)
-        .reshape([1, 1, 1, total])
-        .expand(shape);
+    let key =
+        Tensor::<1, Int>::arange(0..total as i64, &device).reshape([1, 1, 1, total]).expand(shape);
     let query = Tensor::<1, Int>::arange((total - n) as i64..total as i64, &device)
         .reshape([1, 1, n, 1])
         .expand(shape);

@@ -81,10 +81,8 @@ impl KvCache {
         let n_own = self.n_own;
         for (keys, values) in self.own.iter_mut().flatten() {
             let picked = rows.iter().map(|&row| row as i64).collect::<Vec<_>>();
-            let picked = Tensor::<1, Int>::from_data(
-                TensorData::new(picked, [rows.len()]),
-                &keys.device(),
-            );
+            let picked =
+                Tensor::<1, Int>::from_data(TensorData::new(picked, [rows.len()]), &keys.device());
             for tensor in [keys, values] {
                 *tensor = tensor.clone().select(0, picked.clone()).narrow(1, drop, n_own - drop);
             }

@@ -21,10 +21,8 @@ pub(crate) struct NormPoints {
 }
 
 impl NormPoints {
-    pub(crate) const FINAL: Self = Self {
-        scale: HookPoint::LnFinalScale,
-        normalized: HookPoint::LnFinalNormalized,
-    };
+    pub(crate) const FINAL: Self =
+        Self { scale: HookPoint::LnFinalScale, normalized: HookPoint::LnFinalNormalized };
 
     /// Of the norm before attention.
     pub(crate) fn first(layer: usize) -> Self {

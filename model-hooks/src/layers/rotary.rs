@@ -25,12 +25,7 @@ impl Rotary {
         let scale = |frequency: f64| match *scaling {
             RopeScaling::Default => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_n_ctx,
-            } => {
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_n_ctx } => {
                 // Llama 3.1: long waves are stretched, short ones kept, those between blended.
                 let turns = original_n_ctx as f64 * frequency / std::f64::consts::TAU;
                 let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
@@ -58,7 +53,8 @@ impl Rotary {
                 }
             }
         }
-        let tensor = |values| Tensor::from_data(TensorData::new(values, [rows, columns, half]), device);
+        let tensor =
+            |values| Tensor::from_data(TensorData::new(values, [rows, columns, half]), device);
         RotaryTable { cos: tensor(cos), sin: tensor(sin) }
     }
 }
