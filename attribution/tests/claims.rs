@@ -67,7 +67,7 @@ fn effects_are_the_slopes_of_exact_ablations() {
     assert!(active.len() > 5, "only {} latents have an effect", active.len());
     for latent in active {
         // A small share, taken away and added: the slope without the curvature.
-        let mut at = |share: f64| {
+        let at = |share: f64| {
             let ablation = Ablation::new(&sae, POINT, vec![latent], 0);
             let mut ablation = ablation.with_share(share);
             measure(&mut || model.last_logits(&tokens(&model), &mut ablation).unwrap())

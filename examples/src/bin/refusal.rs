@@ -1,5 +1,7 @@
 //! Steers a chat model's refusals with a sparse autoencoder trained on its own activations.
 
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is what a program says")]
+
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};

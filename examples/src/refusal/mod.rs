@@ -4,8 +4,8 @@
 //! Autoencoders", on a small chat model: train an SAE on its activations, find the latents behind
 //! refusing, clamp them, and report what that does, next to controls that should do nothing.
 //!
-//! bytes → tokens ([`chats`]) → activations → latents ([`sae`]) → candidates ([`find`]) → answers
-//! and rates ([`evaluate`]) → results.
+//! bytes → tokens (`chats`) → activations → latents (`sae`) → candidates (`find`) → answers
+//! and rates (`evaluate`) → results.
 
 mod chats;
 mod evaluate;
@@ -33,7 +33,7 @@ use chats::Chats;
 /// If something cannot be had, read or written, or does not fit.
 pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     let start = Instant::now();
-    let scale = options.scale();
+    let scale = options.scale()?;
     let device = device(&options.device)?;
 
     step("Loading the model");

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, bail};
 use clap::Parser;
 
 /// Trains a sparse autoencoder on a chat model's activations, finds the latents behind refusing,
@@ -88,13 +89,19 @@ pub struct TrainingScale {
 
 impl Options {
     /// The sizes of the run.
-    pub fn scale(&self) -> Scale {
+    ///
+    /// # Errors
+    /// If a strength is not a finite number above zero.
+    pub fn scale(&self) -> Result<Scale> {
         let mut scale = if self.quick { Scale::quick() } else { Scale::default() };
         if !self.strengths.is_empty() {
             scale.strengths.clone_from(&self.strengths);
             scale.bundle_strengths.clone_from(&self.strengths);
         }
-        scale
+        if let Some(bad) = scale.strengths.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
+            bail!("--strengths: {bad} is not a finite number above zero");
+        }
+        Ok(scale)
     }
 }
 

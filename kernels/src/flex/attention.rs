@@ -193,8 +193,8 @@ multiversion! {
                 let four = std::array::from_fn(|j| weights[i + j]);
                 add_scaled_4(z, four, std::array::from_fn(|j| part.get(i + j)));
             }
-            for i in n_fours..n {
-                add_scaled(z, weights[i], part.get(i));
+            for (i, &weight) in weights.iter().enumerate().skip(n_fours) {
+                add_scaled(z, weight, part.get(i));
             }
             start += n;
         }
