@@ -31,7 +31,7 @@ fn capturing_everything_changes_nothing_and_shapes_are_the_axes() {
     let points = model.hook_points();
     let mut cache = ActivationCache::new(points.iter().copied());
     let captured = floats(model.logits(&tokens, &mut cache).unwrap());
-    assert_close("logits", &captured, &plain, 1e-5);
+    assert_close("logits", &captured, &plain, 5e-5);
 
     let config = model.config();
     let [batch, pos] = tokens.dims();
@@ -90,19 +90,20 @@ fn an_edit_that_gives_back_the_value_changes_nothing_and_any_other_does() {
         let mut same = Edits::new();
         same.push(point, Box::new(|_: HookPoint, x: Activation, _: &Positions| x));
         let edited = floats(model.logits(&tokens, &mut same).unwrap());
-        assert_close(&point.to_string(), &edited, &plain, 1e-5);
+        assert_close(&point.to_string(), &edited, &plain, 5e-5);
 
-        let mut halved = Edits::new();
-        halved.push(point, Box::new(halve));
-        let edited = floats(model.logits(&tokens, &mut halved).unwrap());
-        let moved = edited.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1e-3);
-        assert!(moved, "halving {point} does nothing");
+        let mut moved = Edits::new();
+        moved.push(point, Box::new(other));
+        let edited = floats(model.logits(&tokens, &mut moved).unwrap());
+        let differs = edited.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1e-3);
+        assert!(differs, "an edit at {point} does nothing");
     }
 }
 
-fn halve(_: HookPoint, x: Activation, _: &Positions) -> Activation {
+/// Another value. Norms undo a factor, the softmax a summand.
+fn other(_: HookPoint, x: Activation, _: &Positions) -> Activation {
     match x {
-        Activation::Rank3(x) => Activation::Rank3(x * 0.5),
+        Activation::Rank3(x) => Activation::Rank3(x + 0.7),
         Activation::Rank4(x) => Activation::Rank4(x * 0.5),
     }
 }

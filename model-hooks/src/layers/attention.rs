@@ -50,7 +50,7 @@ impl Attention {
         let z = if hook.wants(point(Site::AttnScores)) || hook.wants(point(Site::Pattern)) {
             let scores = masked_scores(q, &key_values, first_columns, scale);
             let scores = fire(hook, point(Site::AttnScores), scores, positions);
-            let pattern = fire(hook, point(Site::Pattern), softmax(scores, 3), positions);
+            let pattern = fire(hook, point(Site::Pattern), pattern(scores), positions);
             weigh(pattern, &key_values)
         } else {
             kernels::attention(q, key_values, first_columns, scale)
@@ -89,6 +89,13 @@ fn masked_scores(
     let padding = key.clone().lower(first).bool_and(key.clone().greater_equal_elem(prefix as i64));
     let hidden = key.greater(query).bool_or(padding);
     scores.mask_fill(hidden, MASKED)
+}
+
+/// Softmax over the keys; a query that sees nothing (padding) weighs nothing.
+fn pattern(scores: Tensor<4>) -> Tensor<4> {
+    let shape = scores.dims();
+    let blind = scores.clone().max_dim(3).lower_elem(MASKED / 2.0).expand(shape);
+    softmax(scores, 3).mask_fill(blind, 0.0)
 }
 
 /// `z[batch, query, head]`: the values weighed by the pattern.
