@@ -15,7 +15,7 @@ pub struct Ablation<'a> {
     latents: Vec<usize>,
     share: f64,
     from_position: usize,
-    fired: bool,
+    outcome: Result<(), HookError>,
 }
 
 impl<'a> Ablation<'a> {
@@ -30,7 +30,8 @@ impl<'a> Ablation<'a> {
             latents.iter().all(|&latent| latent < d_sae),
             "latents {latents:?} are not all below {d_sae}"
         );
-        Self { sae, point, latents, share: 1.0, from_position, fired: false }
+        let outcome = Err(HookError::NeverFired { point });
+        Self { sae, point, latents, share: 1.0, from_position, outcome }
     }
 
     /// Removes only a share of the latents' values.
@@ -52,9 +53,14 @@ impl Hook for Ablation<'_> {
         x: Tensor<D>,
         positions: &Positions,
     ) -> Tensor<D> {
-        self.fired = true;
         let shape = x.dims();
-        let d_in = self.sae.config().d_in;
+        let (d_in, actual) = (self.sae.config().d_in, shape[D - 1]);
+        if actual != d_in {
+            let point = self.point;
+            self.outcome = Err(HookError::Width { point, expected: d_in, actual });
+            return x;
+        }
+        self.outcome = Ok(());
         let n = shape.iter().product::<usize>() / d_in;
         let mask = positions.mask_from(self.from_position, &x.device()).reshape([n, 1]);
         let latents = self.sae.encode(x.clone().reshape([n, d_in]));
@@ -71,6 +77,6 @@ impl Hook for Ablation<'_> {
     }
 
     fn finish(&mut self) -> Result<(), HookError> {
-        if self.fired { Ok(()) } else { Err(HookError::NeverFired { point: self.point }) }
+        std::mem::replace(&mut self.outcome, Err(HookError::NeverFired { point: self.point }))
     }
 }

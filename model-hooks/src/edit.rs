@@ -63,9 +63,9 @@ impl Hook for Edits {
     }
 
     fn finish(&mut self) -> Result<(), HookError> {
-        match self.edits.iter().find(|entry| !entry.fired) {
-            Some(entry) => Err(HookError::NeverFired { point: entry.point }),
-            None => Ok(()),
-        }
+        // The next pass counts anew.
+        let silent = self.edits.iter().find(|entry| !entry.fired).map(|entry| entry.point);
+        self.edits.iter_mut().for_each(|entry| entry.fired = false);
+        silent.map_or(Ok(()), |point| Err(HookError::NeverFired { point }))
     }
 }

@@ -133,7 +133,7 @@ impl Hook for Splice<'_> {
     }
 
     fn finish(&mut self) -> Result<(), HookError> {
-        self.outcome.clone()
+        std::mem::replace(&mut self.outcome, Err(HookError::NeverFired { point: self.point }))
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Steering<'a> {
     point: HookPoint,
     change: Change<'a>,
     from_position: usize,
-    fired: bool,
+    outcome: Result<(), HookError>,
 }
 
 /// An intervention, checked and made ready.
@@ -99,7 +99,8 @@ impl<'a> Steering<'a> {
         intervention: Intervention<'a>,
         from_position: usize,
     ) -> Result<Self, SteeringError> {
-        Ok(Self { point, change: Change::new(intervention)?, from_position, fired: false })
+        let outcome = Err(HookError::NeverFired { point });
+        Ok(Self { point, change: Change::new(intervention)?, from_position, outcome })
     }
 }
 
@@ -120,6 +121,14 @@ impl<'a> Change<'a> {
                 }
                 Ok(Self::Ablate(direction / norm))
             }
+        }
+    }
+
+    /// The width of the activations that it works on.
+    fn width(&self) -> usize {
+        match self {
+            Self::Clamp(clamp) => clamp.sae.config().d_in,
+            Self::Add(direction) | Self::Ablate(direction) => direction.dims()[0],
         }
     }
 
@@ -150,7 +159,7 @@ impl<'a> Clamp<'a> {
             if values[..i].iter().any(|&(other, _)| other == latent) {
                 return Err(SteeringError::DuplicateLatent { latent });
             }
-            if !value.is_finite() {
+            if !(value as f32).is_finite() {
                 return Err(SteeringError::NotFinite { name: format!("latent {latent}"), value });
             }
         }
@@ -195,9 +204,14 @@ impl Hook for Steering<'_> {
         x: Tensor<D>,
         positions: &Positions,
     ) -> Tensor<D> {
-        self.fired = true;
         let shape = x.dims();
         let d_model = shape[D - 1];
+        let expected = self.change.width();
+        if d_model != expected {
+            self.outcome = Err(HookError::Width { point: self.point, expected, actual: d_model });
+            return x;
+        }
+        self.outcome = Ok(());
         let n = shape.iter().product::<usize>() / d_model;
         let rows = x.reshape([n, d_model]);
         let delta = self.change.delta(rows.clone());
@@ -211,6 +225,6 @@ impl Hook for Steering<'_> {
     }
 
     fn finish(&mut self) -> Result<(), HookError> {
-        if self.fired { Ok(()) } else { Err(HookError::NeverFired { point: self.point }) }
+        std::mem::replace(&mut self.outcome, Err(HookError::NeverFired { point: self.point }))
     }
 }

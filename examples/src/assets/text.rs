@@ -79,7 +79,9 @@ fn lines(text: &str) -> Result<Vec<Dialogue>> {
             Line::Chat { prompt, answer } => vec![prompt, answer],
             Line::Text { text } => vec![text],
         };
-        dialogues.push(Dialogue { turns });
+        if turns.iter().any(|turn| !turn.trim().is_empty()) {
+            dialogues.push(Dialogue { turns });
+        }
     }
     Ok(dialogues)
 }

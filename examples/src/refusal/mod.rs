@@ -52,6 +52,7 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     let training = corpus::training();
     let selection = corpus::selection();
     let test = test_prompts(options, &scale)?;
+    check_lengths(&chats, &test, &training.six_shot, config.n_ctx, scale.max_new_tokens)?;
     let corpus = chats.training_texts(&texts, &training, &scale, options.seed)?;
     tell(&format!(
         "{} training texts with {} tokens, {} held-out texts; {} unsafe and {} safe test prompts",
@@ -66,10 +67,11 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     let trained = sae::trained_sae(&loaded, &corpus, point, &scale, options)?;
     let quality = &trained.quality;
     tell(&format!(
-        "TopK {} of {}: L0 {:.1}, FVU {:.3} (Σ|x−x̂|² / Σ|x−mean|², held-out), dead {:.1} %, \
+        "TopK {} of {}, {} tokens: L0 {:.1}, FVU {:.3} (Σ|x−x̂|² / Σ|x−mean|², held-out), dead {:.1} %, \
          CE recovered {:.3}",
         scale.k,
         scale.d_sae(config.d_model),
+        quality.n_tokens,
         quality.l0,
         quality.fvu,
         100.0 * quality.dead_share,
@@ -131,10 +133,35 @@ fn test_prompts(options: &Options, scale: &Scale) -> Result<Test> {
     };
     let mut unsafe_prompts = read(&options.unsafe_prompts, own.unsafe_prompts, Wanted::Unsafe)?;
     let mut safe_prompts = read(&options.safe_prompts, own.safe_prompts, Wanted::Safe)?;
-    // Safe prompts come in two halves, ordinary ones and look-alikes: take from both.
-    unsafe_prompts = spread(unsafe_prompts, scale.n_test_prompts);
-    safe_prompts = spread(safe_prompts, scale.n_test_prompts);
+    // Evenly: safe prompts come in two halves, ordinary ones and look-alikes.
+    for prompts in [&mut unsafe_prompts, &mut safe_prompts] {
+        let n = prompts.len();
+        *prompts = spread(std::mem::take(prompts), scale.n_test_prompts);
+        if prompts.len() < n {
+            tell(&format!("using {} of {n} test prompts, evenly spread", prompts.len()));
+        }
+    }
     Ok(Test { unsafe_prompts, safe_prompts })
+}
+
+/// A prompt that does not fit is better found before an autoencoder is trained than after.
+fn check_lengths(
+    chats: &Chats<'_>,
+    test: &Test,
+    six_shot: &[corpus::Turn],
+    n_ctx: usize,
+    max_new_tokens: usize,
+) -> Result<()> {
+    for prompt in test.unsafe_prompts.iter().chain(&test.safe_prompts) {
+        let n = chats.prompt(six_shot, &prompt.prompt)?.len() + max_new_tokens;
+        let start: String = prompt.prompt.chars().take(60).collect();
+        ensure!(
+            n <= n_ctx,
+            "the prompt {start:?}… needs {n} positions with six examples before it and its answer \
+             after it, the model's context has {n_ctx}: shorten it"
+        );
+    }
+    Ok(())
 }
 
 /// Drops prompts that are near one of the training or selection splits.

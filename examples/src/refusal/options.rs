@@ -75,9 +75,9 @@ pub struct Scale {
 }
 
 /// How large the training of the autoencoder is.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainingScale {
-    /// Tokens harvested.
+    /// Tokens of the texts, the system prompt of each counted; it is harvested once.
     pub n_tokens: usize,
     /// Passes over them.
     pub n_passes: usize,
@@ -94,12 +94,16 @@ impl Options {
     /// If a strength is not a finite number above zero.
     pub fn scale(&self) -> Result<Scale> {
         let mut scale = if self.quick { Scale::quick() } else { Scale::default() };
-        if !self.strengths.is_empty() {
-            scale.strengths.clone_from(&self.strengths);
-            scale.bundle_strengths.clone_from(&self.strengths);
-        }
-        if let Some(bad) = scale.strengths.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
+        let fits = |strength: &f64| (*strength as f32).is_finite() && *strength > 0.0;
+        if let Some(bad) = self.strengths.iter().find(|strength| !fits(strength)) {
             bail!("--strengths: {bad} is not a finite number above zero");
+        }
+        if !self.strengths.is_empty() {
+            let mut strengths = self.strengths.clone();
+            strengths.sort_by(f64::total_cmp);
+            strengths.dedup();
+            scale.strengths.clone_from(&strengths);
+            scale.bundle_strengths = strengths;
         }
         Ok(scale)
     }
@@ -108,7 +112,7 @@ impl Options {
 impl Default for Scale {
     fn default() -> Self {
         Self {
-            training: TrainingScale { n_tokens: 200_000, n_passes: 4, expansion: 8, batch: 1024 },
+            training: TrainingScale { n_tokens: 220_000, n_passes: 4, expansion: 8, batch: 1024 },
             k: 32,
             n_test_prompts: 80,
             n_selection_prompts: 24,

@@ -67,6 +67,13 @@ struct Survey {
     top_tokens: Vec<Vec<(f32, u32)>>,
 }
 
+impl Survey {
+    fn fits(&self, sae: &Sae) -> bool {
+        let lengths = [self.max.len(), self.n_active.len(), self.top_tokens.len()];
+        lengths == [sae.config().d_sae; 3]
+    }
+}
+
 /// What lies beside the weights.
 #[derive(Serialize, Deserialize)]
 struct Record {
@@ -131,7 +138,7 @@ pub(super) fn trained_sae(
         .with_clip_norm(Some(1.0))
         .with_schedule(Schedule::new().with_learning_rate(LEARNING_RATE))
         .with_seed(options.seed);
-    let folder = cache_folder()?.join("sae").join(key(loaded, corpus, point, &config));
+    let folder = cache_folder()?.join("sae").join(key(loaded, corpus, point, &config, options));
     if !options.retrain
         && let Some(trained) = cached(&folder, loaded.model.device())
     {
@@ -145,7 +152,13 @@ pub(super) fn trained_sae(
 }
 
 /// Everything that shapes the autoencoder.
-fn key(loaded: &LoadedModel, corpus: &Corpus, point: HookPoint, config: &TrainConfig) -> String {
+fn key(
+    loaded: &LoadedModel,
+    corpus: &Corpus,
+    point: HookPoint,
+    config: &TrainConfig,
+    options: &Options,
+) -> String {
     let texts = |texts: &[Vec<u32>]| {
         let bytes = texts.iter().flat_map(|text| {
             let length = (text.len() as u32).to_le_bytes();
@@ -159,6 +172,8 @@ fn key(loaded: &LoadedModel, corpus: &Corpus, point: HookPoint, config: &TrainCo
         "training": texts(&corpus.training),
         "held_out": texts(&corpus.held_out),
         "point": point.to_string(),
+        "skip_positions": SKIP_POSITIONS,
+        "device": options.device,
         "config": config,
     });
     hash_bytes(key.to_string().as_bytes())[..16].to_owned()
@@ -169,9 +184,7 @@ fn cached(folder: &Path, device: &Device) -> Option<TrainedSae> {
     let record = fs::read(record_path(folder)).ok()?;
     let Record { quality, survey } = serde_json::from_slice(&record).ok()?;
     match saelens::read(&weights_path(folder), device) {
-        Ok(sae) if survey.max.len() == sae.config().d_sae => {
-            Some(TrainedSae { sae, quality, survey })
-        }
+        Ok(sae) if survey.fits(&sae) => Some(TrainedSae { sae, quality, survey }),
         Ok(_) => None,
         Err(error) => {
             tell(&format!("the cached autoencoder is damaged and will be trained anew: {error}"));
