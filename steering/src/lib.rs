@@ -14,11 +14,11 @@ mod find;
 mod intervention;
 mod judge;
 mod log_odds;
-mod statistics;
+mod rate;
 
 pub use direction::{difference_of_means, norm, random_direction};
 pub use find::{Contrast, LatentStatistics, contrast};
 pub use intervention::{Intervention, Steering, SteeringError};
 pub use judge::{Judge, Outcome, PhraseJudge};
 pub use log_odds::log_odds;
-pub use statistics::Rate;
+pub use rate::Rate;

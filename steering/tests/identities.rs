@@ -3,8 +3,8 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use goldens::assert_close;
 use model_hooks::{
-    ActivationCache, GenerateConfig, Hook, HookPoint, LanguageModel, SharedPrefix, Site,
-    TokenBatch, load,
+    ActivationCache, ForwardError, GenerateConfig, Hook, HookError, HookPoint, LanguageModel,
+    SharedPrefix, Site, TokenBatch, load,
 };
 use sae_core::{Activation, Sae, SaeConfig, SaeWeights};
 use steering::{
@@ -146,6 +146,16 @@ fn what_cannot_steer_is_a_typed_error() {
     let direction = Tensor::zeros([D_MODEL], &Device::flex());
     let error = Steering::new(POINT, Intervention::Ablate { direction }, 0).err();
     assert!(matches!(error, Some(SteeringError::Nothing { .. })));
+}
+
+#[test]
+fn an_autoencoder_of_another_width_is_a_typed_error_of_the_pass() {
+    let (model, direction) = (model(), random_direction(7, 1.0, 0, &Device::flex()));
+    let mut steering = Steering::new(POINT, Intervention::Add { direction }, 0).unwrap();
+    let tokens = TokenBatch::new(&ROWS, model.config(), model.device()).unwrap();
+    let error = model.logits(&tokens, &mut steering).unwrap_err();
+    let width = HookError::Width { point: POINT, expected: 7, actual: D_MODEL };
+    assert_eq!(error, ForwardError::Hook(width));
 }
 
 #[test]
