@@ -167,8 +167,7 @@ impl Setup<'_> {
             strengths.iter().map(|&strength| (method, strength)).collect()
         };
         // Controls where steering did best on the selection split.
-        let mut best = vec![self.found.latent_strength, self.found.headline.strength];
-        best.dedup();
+        let best = [self.found.headline.strength];
         [
             doses(Method::Base, &[0.0]),
             doses(Method::Latent, &scale.strengths),

@@ -38,8 +38,6 @@ const BATCH_TOKENS: usize = 1024;
 pub(super) struct Found {
     /// The latent that steers alone.
     pub(super) latent: usize,
-    /// The strength at which it did best on the selection split.
-    pub(super) latent_strength: f64,
     /// Latents that steer together; the first is not always `latent`.
     pub(super) bundle: Vec<usize>,
     /// Fires about as often as the chosen latent, but never on refusing answers.
@@ -124,7 +122,6 @@ pub(super) fn find(
     let (unrelated, random) = search.controls(&refusing.conversations, &slopes, &chosen, seed)?;
     Ok(Found {
         latent: chosen.latent,
-        latent_strength: chosen.latent_strength,
         bundle: chosen.bundle,
         unrelated,
         random,
@@ -170,7 +167,6 @@ struct Attempt {
 
 struct Chosen {
     latent: usize,
-    latent_strength: f64,
     bundle: Vec<usize>,
     headline: Treatment,
     refused_share: f64,
@@ -312,7 +308,6 @@ impl Search<'_> {
         };
         Ok(Chosen {
             latent: single.latents[0],
-            latent_strength: single.strength,
             headline: Treatment { arm: Arm::ZeroShot, method, strength: best.strength },
             refused_share: best.refused,
             bundle,

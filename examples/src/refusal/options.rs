@@ -137,7 +137,7 @@ impl Scale {
             n_selection_prompts: 12,
             n_finalists: 10,
             max_new_tokens: 18,
-            n_perplexity_tokens: 600,
+            n_perplexity_tokens: 200,
             strengths: vec![1.0, 2.0],
             bundle_strengths: vec![0.4, 0.6],
             mean_difference_strengths: vec![2.0],
