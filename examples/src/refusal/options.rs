@@ -133,7 +133,7 @@ impl Scale {
     pub fn quick() -> Self {
         Self {
             training: TrainingScale { n_tokens: 60_000, ..Self::default().training },
-            n_test_prompts: 25,
+            n_test_prompts: 20,
             n_selection_prompts: 12,
             n_finalists: 10,
             max_new_tokens: 18,
