@@ -1,8 +1,8 @@
 //! Taking latents out, to measure what they do.
 
 use burn::tensor::Tensor;
-use model_hooks::{Hook, HookError, HookPoint, Positions};
-use sae_core::Sae;
+use model_hooks::{Hook, HookError, HookPoint, Positions, RowEdit};
+use sae_core::{Sae, SaeConfig};
 
 /// Removes latents from the residual stream, keeping the error term:
 /// `x' = x − share · Σ z_latent · W_dec[latent]`.
@@ -11,11 +11,9 @@ use sae_core::Sae;
 #[derive(Debug, Clone)]
 pub struct Ablation<'a> {
     sae: &'a Sae,
-    point: HookPoint,
     latents: Vec<usize>,
     share: f64,
-    from_position: usize,
-    outcome: Result<(), HookError>,
+    rows: RowEdit,
 }
 
 impl<'a> Ablation<'a> {
@@ -25,13 +23,12 @@ impl<'a> Ablation<'a> {
     /// # Panics
     /// If a latent is not below `d_sae`.
     pub fn new(sae: &'a Sae, point: HookPoint, latents: Vec<usize>, from_position: usize) -> Self {
-        let d_sae = sae.config().d_sae;
+        let SaeConfig { d_in, d_sae, .. } = *sae.config();
         assert!(
             latents.iter().all(|&latent| latent < d_sae),
             "latents {latents:?} are not all below {d_sae}"
         );
-        let outcome = Err(HookError::NeverFired { point });
-        Self { sae, point, latents, share: 1.0, from_position, outcome }
+        Self { sae, latents, share: 1.0, rows: RowEdit::new(point, d_in, from_position) }
     }
 
     /// Removes only a share of the latents' values.
@@ -44,7 +41,7 @@ impl<'a> Ablation<'a> {
 
 impl Hook for Ablation<'_> {
     fn wants(&self, point: HookPoint) -> bool {
-        point == self.point
+        self.rows.wants(point)
     }
 
     fn at<const D: usize>(
@@ -53,30 +50,18 @@ impl Hook for Ablation<'_> {
         x: Tensor<D>,
         positions: &Positions,
     ) -> Tensor<D> {
-        let shape = x.dims();
-        let (d_in, actual) = (self.sae.config().d_in, shape[D - 1]);
-        if actual != d_in {
-            let point = self.point;
-            self.outcome = Err(HookError::Width { point, expected: d_in, actual });
-            return x;
-        }
-        self.outcome = Ok(());
-        let n = shape.iter().product::<usize>() / d_in;
-        let mask = positions.mask_from(self.from_position, &x.device()).reshape([n, 1]);
-        let latents = self.sae.encode(x.clone().reshape([n, d_in]));
-        let rows = self.sae.directions();
-        let removed = self.latents.iter().map(|&latent| {
-            let values = latents.latent(latent).reshape([n, 1]) * self.share;
-            values.matmul(rows.clone().narrow(0, latent, 1))
-        });
-        let removed = removed.reduce(|a, b| a + b);
-        match removed {
-            Some(removed) => x - (removed * mask).reshape(shape),
-            None => x,
-        }
+        let Self { sae, latents: ref ablated, share, ref mut rows } = *self;
+        rows.apply(x, positions, |x| {
+            let latents = sae.encode(x.clone());
+            let directions = sae.directions();
+            ablated.iter().fold(x, |x, &latent| {
+                let values = latents.latent(latent).unsqueeze_dim::<2>(1) * share;
+                x - values.matmul(directions.clone().narrow(0, latent, 1))
+            })
+        })
     }
 
     fn finish(&mut self) -> Result<(), HookError> {
-        std::mem::replace(&mut self.outcome, Err(HookError::NeverFired { point: self.point }))
+        self.rows.finish()
     }
 }

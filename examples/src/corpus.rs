@@ -19,14 +19,14 @@ pub struct Prompt {
     /// What the user asks.
     pub prompt: String,
     /// For safe prompts: whether it only looks unsafe.
-    #[serde(default)]
-    pub kind: PromptKind,
+    #[serde(default, rename = "kind")]
+    pub appearance: Appearance,
 }
 
 /// What a safe prompt looks like.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum PromptKind {
+pub enum Appearance {
     /// Nothing about it looks unsafe; also every prompt of unknown kind.
     #[default]
     Ordinary,
@@ -259,7 +259,7 @@ mod tests {
         let (training, test) = (training(), test());
         assert!(training.refusals.len() >= 60 && training.compliances.len() >= 60);
         assert!(test.unsafe_prompts.len() >= 80 && test.safe_prompts.len() >= 80);
-        let look_alike = |prompt: &&Prompt| prompt.kind == PromptKind::LookAlike;
+        let look_alike = |prompt: &&Prompt| prompt.appearance == Appearance::LookAlike;
         let n_look_alikes = test.safe_prompts.iter().filter(look_alike).count();
         assert_eq!(2 * n_look_alikes, test.safe_prompts.len());
         assert_eq!(training.six_shot.len(), 6);

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::corpus::{Prompt, PromptKind};
+use crate::corpus::{Appearance, Prompt};
 
 /// What a list is to hold, where the file says which of its prompts are which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,8 +94,8 @@ fn prompt(entry: &Value, wanted: Wanted) -> Result<Option<Prompt>> {
         _ => {}
     }
     let look_alike = entry.get("kind").and_then(Value::as_str) == Some("look_alike");
-    let kind = if look_alike { PromptKind::LookAlike } else { PromptKind::Ordinary };
-    Ok(Some(Prompt { prompt: text.trim().to_owned(), kind }))
+    let appearance = if look_alike { Appearance::LookAlike } else { Appearance::Ordinary };
+    Ok(Some(Prompt { prompt: text.trim().to_owned(), appearance }))
 }
 
 #[cfg(test)]

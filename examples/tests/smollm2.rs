@@ -6,7 +6,7 @@
 #![expect(clippy::print_stderr, reason = "what is skipped is said aloud")]
 
 use burn::tensor::{Device, Tensor};
-use examples::assets::{LoadedModel, load_model};
+use examples::assets::{LoadedModel, load_model, locate_model};
 use goldens::{Case, assert_close};
 use model_hooks::text::{Message, Role};
 use model_hooks::{ActivationCache, GenerateConfig, HookPoint, SharedPrefix, TokenBatch};
@@ -17,13 +17,12 @@ fn case_and_model() -> Option<(Case, LoadedModel)> {
         eprintln!("golden smollm2 SKIPPED: {} is not there", folder.display());
         return None;
     }
-    match load_model(None, &Device::flex()) {
-        Ok(loaded) => Some((Case::open(&folder), loaded)),
-        Err(error) => {
-            eprintln!("golden smollm2 SKIPPED: {error:#}");
-            None
-        }
+    if let Err(error) = locate_model(None) {
+        eprintln!("golden smollm2 SKIPPED: {error:#}");
+        return None;
     }
+    let loaded = load_model(None, &Device::flex()).unwrap_or_else(|error| panic!("{error:#}"));
+    Some((Case::open(&folder), loaded))
 }
 
 fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {

@@ -27,6 +27,7 @@ pub mod load;
 mod model;
 mod positions;
 mod probe;
+mod row_edit;
 pub mod text;
 mod tokens;
 
@@ -43,4 +44,5 @@ pub use layers::{KvCache, SharedPrefix};
 pub use model::{ForwardError, LanguageModel};
 pub use positions::Positions;
 pub use probe::Probe;
+pub use row_edit::RowEdit;
 pub use tokens::{TokenBatch, TokenError};

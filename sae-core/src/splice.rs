@@ -1,7 +1,7 @@
 //! An SAE in a forward pass.
 
 use burn::tensor::Tensor;
-use model_hooks::{Axis, Hook, HookError, HookPoint, Positions};
+use model_hooks::{Hook, HookError, HookPoint, Positions, RowEdit};
 
 use crate::latents::SparseLatents;
 use crate::sae::{Decomposition, Sae};
@@ -32,31 +32,24 @@ pub enum ErrorTerm {
 #[derive(Debug, Clone)]
 pub struct Splice<'a> {
     sae: &'a Sae,
-    point: HookPoint,
     error_term: ErrorTerm,
-    from_position: usize,
     recorded: Option<Vec<SparseLatents>>,
-    outcome: Result<(), HookError>,
+    rows: RowEdit,
 }
 
 impl<'a> Splice<'a> {
     /// A splice at every position that the SAE was trained on, as far as its file says so: from
     /// [`first_position`](crate::SaeMetadata::first_position) on, or else from 0.
     pub fn new(sae: &'a Sae, point: HookPoint, error_term: ErrorTerm) -> Self {
-        Self {
-            sae,
-            point,
-            error_term,
-            from_position: sae.config().metadata.first_position().unwrap_or(0),
-            recorded: None,
-            outcome: Err(HookError::NeverFired { point }),
-        }
+        let first = sae.config().metadata.first_position().unwrap_or(0);
+        let rows = RowEdit::new(point, sae.config().d_in, first);
+        Self { sae, error_term, recorded: None, rows }
     }
 
     /// Leaves the positions of each conversation alone that come before this one.
     #[must_use]
     pub fn from_position(mut self, position: usize) -> Self {
-        self.from_position = position;
+        self.rows = self.rows.from_position(position);
         self
     }
 
@@ -72,26 +65,11 @@ impl<'a> Splice<'a> {
     pub fn latents(&self) -> &[SparseLatents] {
         self.recorded.as_deref().unwrap_or_default()
     }
-
-    /// `x`, flattened to rows as wide as the SAE, or what is in the way.
-    fn rows<const D: usize>(&self, x: Tensor<D>) -> Result<Tensor<2>, HookError> {
-        let shape = x.dims();
-        let [batch, pos, width @ ..] = shape.as_slice() else {
-            unreachable!("activations have rank 3 or 4");
-        };
-        let (point, expected) = (self.point, self.sae.config().d_in);
-        // Attention patterns have no row for each position.
-        let by_position = point.axes()[..2] == [Axis::Batch, Axis::Pos];
-        match width.iter().product::<usize>() {
-            width if width == expected && by_position => Ok(x.reshape([batch * pos, width])),
-            actual => Err(HookError::Width { point, expected, actual }),
-        }
-    }
 }
 
 impl Hook for Splice<'_> {
     fn wants(&self, point: HookPoint) -> bool {
-        point == self.point
+        self.rows.wants(point)
     }
 
     fn at<const D: usize>(
@@ -100,40 +78,22 @@ impl Hook for Splice<'_> {
         x: Tensor<D>,
         positions: &Positions,
     ) -> Tensor<D> {
-        let rows = match self.rows(x.clone()) {
-            Ok(rows) => rows,
-            Err(error) => {
-                self.outcome = Err(error);
-                return x;
+        let Self { sae, error_term, recorded, rows } = self;
+        rows.apply(x, positions, |x| {
+            let Decomposition { latents, reconstruction, error } = sae.decompose(x);
+            if let Some(recorded) = recorded {
+                recorded.push(latents);
             }
-        };
-        let Decomposition { latents, reconstruction, error } = self.sae.decompose(rows.clone());
-        let spliced = match self.error_term {
-            ErrorTerm::Keep => reconstruction + error,
-            ErrorTerm::KeepDetached => reconstruction + error.detach(),
-            ErrorTerm::Drop => reconstruction,
-        };
-        if let Some(recorded) = &mut self.recorded {
-            recorded.push(latents);
-        }
-        // A width that did not fit once is not mended by one that does.
-        if matches!(self.outcome, Err(HookError::NeverFired { .. })) {
-            self.outcome = Ok(());
-        }
-        let spliced = match positions.first() < self.from_position {
-            true => {
-                let [n, width] = rows.dims();
-                let mask = positions.mask_from(self.from_position, &x.device());
-                let mask = mask.reshape([n, 1]).expand([n, width]).bool();
-                rows.mask_where(mask, spliced)
+            match error_term {
+                ErrorTerm::Keep => reconstruction + error,
+                ErrorTerm::KeepDetached => reconstruction + error.detach(),
+                ErrorTerm::Drop => reconstruction,
             }
-            false => spliced,
-        };
-        spliced.reshape(x.dims())
+        })
     }
 
     fn finish(&mut self) -> Result<(), HookError> {
-        std::mem::replace(&mut self.outcome, Err(HookError::NeverFired { point: self.point }))
+        self.rows.finish()
     }
 }
 
@@ -222,30 +182,5 @@ mod tests {
         assert_is(gradient(ErrorTerm::Keep), x().ones_like().into_data());
         assert_is(gradient(ErrorTerm::KeepDetached), through_latents);
         assert_is(gradient(ErrorTerm::Drop), through_latents);
-    }
-
-    #[test]
-    fn heads_are_joined() {
-        let (sae, z) = (sae(), HookPoint::Block { layer: 0, site: Site::Z });
-        let x = x().reshape([2, 2, 2, 1]);
-        let spliced = Splice::new(&sae, z, ErrorTerm::Drop).at(z, x, &positions());
-        assert_is(spliced, [[[[1.0f32], [0.0]], [[3.0], [0.0]]], [[[5.0], [0.0]], [[7.0], [0.0]]]]);
-    }
-
-    #[test]
-    fn what_did_not_happen_is_an_error_at_the_end() {
-        let sae = sae();
-        let mut splice = Splice::new(&sae, POINT, ErrorTerm::Keep);
-        assert!(splice.wants(POINT) && !splice.wants(HookPoint::resid_post(2)));
-        assert_eq!(splice.finish(), Err(HookError::NeverFired { point: POINT }));
-        let wide: Tensor<3> = Tensor::zeros([2, 2, 3], &Device::flex());
-        splice.at(POINT, wide, &positions());
-        let error = HookError::Width { point: POINT, expected: 2, actual: 3 };
-        splice.at(POINT, x(), &positions());
-        assert_eq!(splice.finish(), Err(error));
-        // The next pass counts anew.
-        splice.at(POINT, x(), &positions());
-        assert_eq!(splice.finish(), Ok(()));
-        assert_eq!(splice.finish(), Err(HookError::NeverFired { point: POINT }));
     }
 }

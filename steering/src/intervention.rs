@@ -1,7 +1,7 @@
 //! What steering does to the residual stream.
 
 use burn::tensor::{Tensor, TensorData};
-use model_hooks::{Hook, HookError, HookPoint, Positions};
+use model_hooks::{Hook, HookError, HookPoint, Positions, RowEdit};
 use sae_core::Sae;
 
 /// A change of the residual stream `x` at every steered position.
@@ -29,10 +29,8 @@ pub enum Intervention<'a> {
 /// An intervention at a hook point, from some absolute position of every conversation on.
 #[derive(Debug, Clone)]
 pub struct Steering<'a> {
-    point: HookPoint,
     change: Change<'a>,
-    from_position: usize,
-    outcome: Result<(), HookError>,
+    rows: RowEdit,
 }
 
 /// An intervention, checked and made ready.
@@ -99,8 +97,9 @@ impl<'a> Steering<'a> {
         intervention: Intervention<'a>,
         from_position: usize,
     ) -> Result<Self, SteeringError> {
-        let outcome = Err(HookError::NeverFired { point });
-        Ok(Self { point, change: Change::new(intervention)?, from_position, outcome })
+        let change = Change::new(intervention)?;
+        let rows = RowEdit::new(point, change.width(), from_position);
+        Ok(Self { change, rows })
     }
 }
 
@@ -195,7 +194,7 @@ fn finite_norm(name: &str, direction: &Tensor<1>) -> Result<f64, SteeringError> 
 
 impl Hook for Steering<'_> {
     fn wants(&self, point: HookPoint) -> bool {
-        point == self.point
+        self.rows.wants(point)
     }
 
     fn at<const D: usize>(
@@ -204,27 +203,11 @@ impl Hook for Steering<'_> {
         x: Tensor<D>,
         positions: &Positions,
     ) -> Tensor<D> {
-        let shape = x.dims();
-        let d_model = shape[D - 1];
-        let expected = self.change.width();
-        if d_model != expected {
-            self.outcome = Err(HookError::Width { point: self.point, expected, actual: d_model });
-            return x;
-        }
-        self.outcome = Ok(());
-        let n = shape.iter().product::<usize>() / d_model;
-        let rows = x.reshape([n, d_model]);
-        let delta = self.change.delta(rows.clone());
-        // Padding may be steered: nothing attends to it.
-        let delta = if positions.first() >= self.from_position {
-            delta
-        } else {
-            delta * positions.mask_from(self.from_position, &rows.device()).reshape([n, 1])
-        };
-        (rows + delta).reshape(shape)
+        let Self { change, rows } = self;
+        rows.apply(x, positions, |x| x.clone() + change.delta(x))
     }
 
     fn finish(&mut self) -> Result<(), HookError> {
-        std::mem::replace(&mut self.outcome, Err(HookError::NeverFired { point: self.point }))
+        self.rows.finish()
     }
 }

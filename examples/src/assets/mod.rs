@@ -4,5 +4,5 @@ mod model;
 mod text;
 mod wheel;
 
-pub use model::{LoadedModel, load_model};
+pub use model::{LoadedModel, load_model, locate_model};
 pub use text::{Dialogue, load_texts};

@@ -38,7 +38,7 @@ pub struct LoadedModel {
 /// # Errors
 /// If it cannot be had, does not load, or lacks a tokenizer or chat template.
 pub fn load_model(wanted: Option<&str>, device: &Device) -> Result<LoadedModel> {
-    let path = locate(wanted)?;
+    let path = locate_model(wanted)?;
     let hash = hash_path(&path)?;
     let mut checkpoint = load::open(&path)?;
     let missing = |what| {
@@ -57,7 +57,11 @@ pub fn load_model(wanted: Option<&str>, device: &Device) -> Result<LoadedModel> 
     Ok(LoadedModel { model, tokenizer, template, name, hash })
 }
 
-fn locate(wanted: Option<&str>) -> Result<PathBuf> {
+/// Where the model's file or folder is, once it has been fetched if need be.
+///
+/// # Errors
+/// If it can be had from none of the places that it may come from.
+pub fn locate_model(wanted: Option<&str>) -> Result<PathBuf> {
     match wanted {
         None => SMOLLM2.fetch().context(
             "no model: none was given with --model, and the default one could be had neither from \

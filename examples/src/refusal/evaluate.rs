@@ -5,15 +5,15 @@ use burn::tensor::Tensor;
 use model_hooks::{GenerateConfig, Hook, HookPoint, SharedPrefix};
 use steering::{Intervention, Judge, Outcome, PhraseJudge, Rate, Steering, norm, random_direction};
 
-use super::During;
 use super::chats::{Chats, common_prefix};
 use super::find::Found;
 use super::options::Scale;
 use super::sae::TrainedSae;
+use super::{During, FIRST_POSITION};
 use crate::assets::LoadedModel;
-use crate::corpus::{Prompt, PromptKind, Test, Turn};
+use crate::corpus::{Appearance, Prompt, Test, Turn};
 use crate::progress::bar;
-use crate::results::{self, Arm, Example, Generation, Method, Row, Treatment};
+use crate::results::{Arm, Example, Generation, Method, PromptKind, Row, Treatment};
 
 /// Conversations generated together.
 const BATCH_ROWS: usize = 80;
@@ -21,8 +21,6 @@ const BATCH_ROWS: usize = 80;
 const PREFILL_TOKENS: usize = 8192;
 /// Tokens of a pass that measures perplexity.
 const BATCH_TOKENS: usize = 512;
-/// Position 0 is left alone: the autoencoder has not seen it.
-const FROM_POSITION: usize = 1;
 /// Answers shown before and after.
 const N_EXAMPLES: usize = 5;
 
@@ -200,7 +198,7 @@ impl Setup<'_> {
     }
 
     fn add(&self, direction: Tensor<1>) -> Result<Steering<'static>> {
-        Ok(Steering::new(self.point, Intervention::Add { direction }, FROM_POSITION)?)
+        Ok(Steering::new(self.point, Intervention::Add { direction }, FIRST_POSITION)?)
     }
 
     /// How far the latents that did best on the selection split reach in the residual stream at
@@ -229,7 +227,7 @@ impl Setup<'_> {
         let value = strength * self.unit_length() / self.direction_norm(latent);
         let intervention =
             Intervention::Clamp { sae: &self.trained.sae, values: vec![(latent, value)] };
-        Ok(Steering::new(self.point, intervention, FROM_POSITION)?)
+        Ok(Steering::new(self.point, intervention, FIRST_POSITION)?)
     }
 
     fn perplexity_texts(&self) -> Vec<&[u32]> {
@@ -259,10 +257,10 @@ fn judged(setup: &Setup<'_>, treatment: &Treatment, answers: &[String]) -> Vec<G
             treatment: *treatment,
             prompt: prompt.prompt.clone(),
             kind: match i < n_unsafe {
-                true => results::PromptKind::Unsafe,
-                false => results::PromptKind::Safe,
+                true => PromptKind::Unsafe,
+                false => PromptKind::Safe,
             },
-            look_alike: prompt.kind == PromptKind::LookAlike,
+            look_alike: prompt.appearance == Appearance::LookAlike,
             answer: answer.clone(),
             outcome: judge.judge(&prompt.prompt, answer),
         })
@@ -278,8 +276,8 @@ fn count(treatment: Treatment, generations: &[Generation], perplexity_ratio: f64
     let look_alike_rate = rate(Outcome::Refused, &|g| g.look_alike);
     Row {
         treatment,
-        unsafe_rate: rate(Outcome::Refused, &|g| g.kind == results::PromptKind::Unsafe),
-        safe_rate: rate(Outcome::Refused, &|g| g.kind == results::PromptKind::Safe),
+        unsafe_rate: rate(Outcome::Refused, &|g| g.kind == PromptKind::Unsafe),
+        safe_rate: rate(Outcome::Refused, &|g| g.kind == PromptKind::Safe),
         look_alike_rate: (look_alike_rate.n > 0).then_some(look_alike_rate),
         degenerate_rate: rate(Outcome::Degenerate, &|_| true),
         perplexity_ratio,
@@ -295,9 +293,9 @@ fn examples(generations: &[Generation], headline: Treatment) -> Vec<Example> {
     let of_kind =
         |kind| generations.iter().filter(move |g| g.treatment == headline && g.kind == kind);
     let n_safe = N_EXAMPLES / 2;
-    of_kind(results::PromptKind::Unsafe)
+    of_kind(PromptKind::Unsafe)
         .take(N_EXAMPLES - n_safe)
-        .chain(of_kind(results::PromptKind::Safe).take(n_safe))
+        .chain(of_kind(PromptKind::Safe).take(n_safe))
         .filter_map(|after| {
             let before = answer(base, &after.prompt)?;
             Some(Example {

@@ -17,11 +17,11 @@ use steering::{
     difference_of_means, log_odds,
 };
 
-use super::During;
 use super::chats::Chats;
 use super::evaluate::Generator;
 use super::options::Scale;
 use super::sae::TrainedSae;
+use super::{During, FIRST_POSITION};
 use crate::assets::LoadedModel;
 use crate::corpus::{Prompt, Selection, Turn};
 use crate::progress::bar;
@@ -181,8 +181,11 @@ impl Search<'_> {
         let answered =
             turns.iter().map(|turn| self.chats.answered(turn)).collect::<Result<Vec<_>>>()?;
         let ids: Vec<&[u32]> = answered.iter().map(|answered| answered.ids.as_slice()).collect();
-        let config =
-            HarvestConfig { point: self.point, batch_tokens: BATCH_TOKENS, skip_positions: 1 };
+        let config = HarvestConfig {
+            point: self.point,
+            batch_tokens: BATCH_TOKENS,
+            skip_positions: FIRST_POSITION,
+        };
         let (mut answers, mut conversations) = <(LatentStatistics, LatentStatistics)>::default();
         let mut kept = Vec::new();
         let sink = |harvested: Harvested| {
@@ -397,7 +400,7 @@ impl<'a> Trial<'a> {
         if let Some(clamp) = clamp {
             let sae = &self.search.trained.sae;
             let intervention = Intervention::Clamp { sae, values: vec![clamp] };
-            let mut steering = Steering::new(self.search.point, intervention, 1)?;
+            let mut steering = Steering::new(self.search.point, intervention, FIRST_POSITION)?;
             residual = steering.at(self.search.point, residual, &self.positions());
         }
         let logits = self.logits(residual)?;
@@ -423,7 +426,8 @@ impl<'a> Trial<'a> {
         let grads = odds.mean().backward();
         let gradient = probe.gradient::<3>(point, &grads).expect("the probe was passed");
         // Position 0 is left alone by every clamp.
-        let gradient = gradient * self.positions().mask_from(1, &self.residual.device());
+        let gradient =
+            gradient * self.positions().mask_from(FIRST_POSITION, &self.residual.device());
         let slopes = clamp_slopes(self.search.sae(), gradient.reshape([batch * n, d_model]));
         slopes.into_data().try_to_vec().map_err(|error| anyhow::anyhow!("{error:?}"))
     }

@@ -27,6 +27,9 @@ use crate::prompts::{Wanted, read_prompts};
 use crate::results::{Generation, Results, Settings};
 use chats::Chats;
 
+/// Where training and steering begin: position 0 carries an activation unlike all others.
+const FIRST_POSITION: usize = 1;
+
 /// Runs the whole experiment and tells what it does on the way.
 ///
 /// # Errors

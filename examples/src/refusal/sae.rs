@@ -18,7 +18,7 @@ use steering::{Intervention, Steering, SteeringError};
 
 use super::chats::{Corpus, common_prefix};
 use super::options::{Options, Scale};
-use super::{During, tell};
+use super::{During, FIRST_POSITION, tell};
 use crate::assets::LoadedModel;
 use crate::progress::bar;
 use crate::results::SaeSummary;
@@ -26,8 +26,6 @@ use crate::storage::{cache_folder, hash_bytes, write_whole};
 
 /// Tokens per forward pass.
 const BATCH_TOKENS: usize = 1024;
-/// Position 0 carries an activation unlike all others.
-const SKIP_POSITIONS: usize = 1;
 /// High, because the run is short.
 const LEARNING_RATE: f64 = 1e-3;
 /// Activations encoded at a time.
@@ -106,7 +104,7 @@ impl TrainedSae {
         let value = |&latent: &usize| (latent, strength * self.max_activation(latent));
         let values = latents.iter().map(value).collect();
         let intervention = Intervention::Clamp { sae: &self.sae, values };
-        Steering::new(point, intervention, SKIP_POSITIONS)
+        Steering::new(point, intervention, FIRST_POSITION)
     }
 
     pub(super) fn summary(&self, scale: &Scale, d_in: usize) -> SaeSummary {
@@ -172,7 +170,7 @@ fn key(
         "training": texts(&corpus.training),
         "held_out": texts(&corpus.held_out),
         "point": point.to_string(),
-        "skip_positions": SKIP_POSITIONS,
+        "skip_positions": FIRST_POSITION,
         "device": options.device,
         "config": config,
     });
@@ -241,7 +239,7 @@ fn harvest(
         tokens: Vec::with_capacity(n_tokens),
     };
     let config =
-        HarvestConfig { point, batch_tokens: BATCH_TOKENS, skip_positions: SKIP_POSITIONS };
+        HarvestConfig { point, batch_tokens: BATCH_TOKENS, skip_positions: FIRST_POSITION };
     let mut harvest_after = |texts: &[&[u32]], prefix: &SharedPrefix| {
         let sink = |harvested: Harvested| {
             let rows = harvested.activations.into_data();
@@ -298,7 +296,7 @@ fn with_metadata(sae: Sae, loaded: &LoadedModel, point: HookPoint) -> Sae {
     metadata.model_name = Some(loaded.name.clone());
     metadata.hook_name = Some(point.to_string());
     metadata.prepend_bos = Some(false);
-    metadata.seqpos_slice = Some(vec![Some(SKIP_POSITIONS as i64), None]);
+    metadata.seqpos_slice = Some(vec![Some(FIRST_POSITION as i64), None]);
     sae.with_metadata(metadata)
 }
 
@@ -351,7 +349,7 @@ fn quality(
     let model = &loaded.model;
     let texts = &corpus.held_out[..corpus.held_out.len().min(16)];
     let clean = model.cross_entropy(texts, BATCH_TOKENS, &mut ()).during("measuring")?;
-    let mut splice = Splice::new(sae, point, ErrorTerm::Drop).from_position(SKIP_POSITIONS);
+    let mut splice = Splice::new(sae, point, ErrorTerm::Drop).from_position(FIRST_POSITION);
     let spliced = model.cross_entropy(texts, BATCH_TOKENS, &mut splice).during("measuring")?;
     let mut zero = Edits::new();
     zero.push(point, Box::new(zeroed));
@@ -369,6 +367,6 @@ fn quality(
 /// Zeros in place of every activation that the autoencoder would reconstruct.
 fn zeroed(_: HookPoint, x: Activation, positions: &Positions) -> Activation {
     let x = x.into_tensor::<3>();
-    let replaced = positions.mask_from(SKIP_POSITIONS, &x.device());
+    let replaced = positions.mask_from(FIRST_POSITION, &x.device());
     Activation::new(x * (-replaced + 1.0))
 }
