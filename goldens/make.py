@@ -32,82 +32,142 @@ def version(package):
     return importlib.metadata.version(package)
 
 
-# models: tiny random Llamas
+# models: tiny random models of every architecture
 
 N_ROWS, N_POS, N_PAD, N_NEW = 3, 15, 4, 12
 VOCAB, PAD = 131, 3
-ROPE_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD}
+LLAMA = TOKENS | {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
 }
-LLAMAS = {
-    "llama_mha": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 12,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
-    },
-    "llama_gqa_theta_tied": {
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
+GPT = TOKENS | {"n_embd": 48, "n_layer": 3, "n_positions": 64}
+NEOX = TOKENS | {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+GEMMA = LLAMA | {
+    "num_hidden_layers": 6,
+    "head_dim": 16,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": True,
+}
+
+
+def rope(theta=10000.0, kind="default", **parameters):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
+
+
+def longrope(original):
+    factors = {"short_factor": [1 + 0.05 * i for i in range(6)],
+               "long_factor": [1 + 0.7 * i for i in range(6)]}
+    return {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 128,
+        "original_max_position_embeddings": original,
         "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-        "tie_word_embeddings": True,
-    },
-    "llama_rope_llama3": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": ROPE_LLAMA3,
-        "tie_word_embeddings": False,
-    },
+    } | rope(kind="longrope", partial_rotary_factor=0.75,
+             original_max_position_embeddings=original, **factors)
+
+
+# Name: the prefix of transformers' classes, and what the config is told.
+MODELS = {
+    "gpt2": ("GPT2", GPT | {"n_head": 4}),
+    "gptj": ("GPTJ", GPT | {"n_head": 3, "rotary_dim": 8}),
+    "gptj_seqcls_reward": ("GPTJ", GPT | {"n_head": 3, "rotary_dim": 8, "n_layer": 2,
+                                          "num_labels": 1}),
+    "gpt_neox": ("GPTNeoX", NEOX | rope(partial_rotary_factor=0.5) | {"num_hidden_layers": 3}),
+    "gpt_neox_sequential": ("GPTNeoX", NEOX | rope(partial_rotary_factor=1.0)
+                            | {"num_hidden_layers": 2, "use_parallel_residual": False}),
+    "opt": ("OPT", TOKENS | {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 96,
+                             "num_hidden_layers": 3, "num_attention_heads": 4,
+                             "max_position_embeddings": 64}),
+    "llama_mha": ("Llama", LLAMA | rope() | {"num_key_value_heads": 4, "head_dim": 12}),
+    "llama_gqa_theta_tied": ("Llama", LLAMA | rope(100000.0) | {
+        "num_attention_heads": 6, "head_dim": 8, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True}),
+    "llama_rope_linear": ("Llama", LLAMA | rope(kind="linear", factor=2.5)),
+    "llama_rope_llama3": ("Llama", LLAMA | {"head_dim": 16} | rope(
+        500000.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=16)),
+    "llama_rope_yarn": ("Llama", LLAMA | {"head_dim": 16} | rope(
+        kind="yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama_seqcls_reward": ("Llama", LLAMA | rope() | {
+        "num_hidden_layers": 2, "head_dim": 12, "num_labels": 1}),
+    "mistral_sliding": ("Mistral", LLAMA | rope() | {"head_dim": 12, "sliding_window": 6}),
+    "qwen2": ("Qwen2", LLAMA | rope(1000000.0)),
+    "qwen2_sliding": ("Qwen2", LLAMA | rope(1000000.0) | {
+        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", LLAMA | rope(1000000.0) | {"head_dim": 16}),
+    "phi3": ("Phi3", LLAMA | rope(partial_rotary_factor=1.0) | {
+        "original_max_position_embeddings": 64, "rms_norm_eps": 1e-5}),
+    "phi3_partial_longrope_short": ("Phi3", LLAMA | longrope(32)),
+    "phi3_partial_longrope_long": ("Phi3", LLAMA | longrope(12) | {"sliding_window": 8}),
+    "phi3_partial_longrope_switch": ("Phi3", LLAMA | longrope(20)),
+    "gemma2": ("Gemma2", GEMMA | rope() | {
+        "num_hidden_layers": 3, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", GEMMA | {"sliding_window_pattern": 3, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}}),
+    "olmo2": ("Olmo2", LLAMA | rope(500000.0)),
+}
+
+# Where the parts of a model are: its blocks, and in them attention and MLP.
+PARTS = {
+    "GPT2": ("transformer.h", "attn", "mlp"),
+    "GPTJ": ("transformer.h", "attn", "mlp"),
+    "GPTNeoX": ("gpt_neox.layers", "attention", "mlp"),
+    "OPT": ("model.decoder.layers", "self_attn", "fc2"),
 }
 
 
-def models(out, _):
-    for name, options in LLAMAS.items():
-        llama(out / "models" / name, options)
+def models(out, args):
+    for name, (family, options) in MODELS.items():
+        if args.case in (None, name):
+            tiny(out / "models" / name, family, options)
 
 
-def llama(folder, options):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def classes(family, options):
+    import transformers
 
+    config = "Gemma3TextConfig" if family == "Gemma3" else family + "Config"
+    head = "ForSequenceClassification" if "num_labels" in options else {
+        "GPT2": "LMHeadModel"}.get(family, "ForCausalLM")
+    return getattr(transformers, config), getattr(transformers, family + head)
+
+
+def tiny(folder, family, options):
+    config_class, model_class = classes(family, options)
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=88,
-        num_hidden_layers=3,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=PAD,
-        attn_implementation="eager",
-        **options,
-    )
+    config = config_class(attn_implementation="eager", **options)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).float().eval()
+    model = model_class(config).float().eval()
     randomise(model)
     model.save_pretrained(folder)
     # The tests look at what the config says, not at what generation would default to.
     (folder / "generation_config.json").unlink(missing_ok=True)
 
+    scores = "num_labels" in options
     ids = torch.randint(PAD + 1, VOCAB, (N_ROWS, N_POS))
     tensors = {"input_ids": ids}
-    tensors |= activations(model, ids)
+    tensors |= activations(model, family, ids)
     with torch.no_grad():
         tensors["logits_f64"] = copy.deepcopy(model).double()(ids).logits
-    tensors |= padded(model, ids)
-    tensors["greedy_ids"] = greedy(model, ids, torch.ones_like(ids))
-    tensors |= gradient(model, ids)
+    tensors |= padded(model, family, ids, scores)
+    if not scores:
+        tensors["greedy_ids"] = greedy(model, ids, torch.ones_like(ids))
+    tensors |= gradient(model, family, ids, scores)
     write_tensors(folder / "golden.safetensors", tensors)
 
     difference = (tensors["logits"].double() - tensors["logits_f64"]).abs().max()
@@ -119,9 +179,9 @@ def llama(folder, options):
             "torch": torch.__version__,
             "attn": "eager",
             "max_abs_f32_vs_f64": difference.item(),
-            "grad_metric": "sum over batch of logits[:, -1, 7]",
+            "grad_metric": "sum of logits" if scores else "sum over batch of logits[:, -1, 7]",
             "grad_wrt": "hidden_states.1 (= output of block 0)",
-            "v4_config_max_diff": old_config(folder, model, ids, tensors["logits"]),
+            "v4_config_max_diff": old_config(folder, family, options, model, ids),
         },
     )
 
@@ -130,31 +190,42 @@ def randomise(model):
     """Weights large enough that every part of the model matters, and norms that are not 1."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.copy_(1 + 0.2 * torch.randn_like(weight))
-            elif "embed_tokens" in name:
-                weight.copy_(0.5 * torch.randn_like(weight))
+            noise = torch.randn_like(weight)
+            if weight.dim() == 1:
+                # Gains around what they are made as: 1, or 0 where 1 is added.
+                weight.copy_(weight + 0.2 * noise)
+            elif "embed" in name or "wte" in name or "wpe" in name:
+                weight.copy_(0.5 * noise)
             else:
-                weight.copy_(1.2 * torch.randn_like(weight) / math.sqrt(weight.shape[1]))
+                weight.copy_(1.2 * noise / math.sqrt(weight.shape[1]))
 
 
 def first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def activations(model, ids):
+def parts(model, family):
+    blocks, attention, mlp = PARTS.get(family, ("model.layers", "self_attn", "mlp"))
+    return [
+        (block, block.get_submodule(attention), block.get_submodule(mlp))
+        for block in model.get_submodule(blocks)
+    ]
+
+
+def activations(model, family, ids):
     tensors, handles = {}, []
 
     def keep(name):
         def hook(_module, _inputs, output):
-            tensors[name] = first(output)
+            output = first(output)
+            tensors[name] = output.view(*ids.shape, -1) if output.dim() == 2 else output
 
         return hook
 
-    for i, layer in enumerate(model.model.layers):
-        handles.append(layer.register_forward_hook(keep(f"block_out.{i}")))
-        handles.append(layer.self_attn.register_forward_hook(keep(f"attn_out.{i}")))
-        handles.append(layer.mlp.register_forward_hook(keep(f"mlp_out.{i}")))
+    for i, (block, attention, mlp) in enumerate(parts(model, family)):
+        handles.append(block.register_forward_hook(keep(f"block_out.{i}")))
+        handles.append(attention.register_forward_hook(keep(f"attn_out.{i}")))
+        handles.append(mlp.register_forward_hook(keep(f"mlp_out.{i}")))
     with torch.no_grad():
         output = model(ids, output_hidden_states=True, output_attentions=True)
     for handle in handles:
@@ -167,7 +238,7 @@ def activations(model, ids):
     return tensors
 
 
-def padded(model, ids):
+def padded(model, family, ids, scores):
     """The first row cut short, with padding on either side; the other rows as they are."""
     tensors = {}
     for side in ["leftpad", "rightpad"]:
@@ -183,12 +254,15 @@ def padded(model, ids):
             f"{side}.logits": logits,
         }
         if side == "leftpad":
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            with torch.no_grad():
-                output = model(padded_ids, attention_mask=mask, position_ids=positions)
-            tensors["leftpad.position_ids"] = positions
-            tensors["leftpad.logits_with_position_ids"] = output.logits
-            tensors["leftpad.greedy_ids"] = greedy(model, padded_ids, mask)
+            # OPT counts positions by the mask, and takes no others.
+            if family != "OPT":
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                with torch.no_grad():
+                    output = model(padded_ids, attention_mask=mask, position_ids=positions)
+                tensors["leftpad.position_ids"] = positions
+                tensors["leftpad.logits_with_position_ids"] = output.logits
+            if not scores:
+                tensors["leftpad.greedy_ids"] = greedy(model, padded_ids, mask)
     return tensors
 
 
@@ -205,37 +279,53 @@ def greedy(model, ids, mask):
         )
 
 
-def gradient(model, ids):
+def gradient(model, family, ids, scores):
     kept = []
 
     def hook(_module, _inputs, output):
         kept.append(first(output))
         kept[0].retain_grad()
 
-    handle = model.model.layers[0].register_forward_hook(hook)
-    model(ids).logits[:, -1, 7].sum().backward()
+    handle = parts(model, family)[0][0].register_forward_hook(hook)
+    logits = model(ids).logits
+    (logits if scores else logits[:, -1, 7]).sum().backward()
     handle.remove()
     model.zero_grad()
     return {"grad.hidden_states.1": kept[0].grad}
 
 
-def old_config(folder, model, ids, logits):
+def old_config(folder, family, options, model, ids):
     """Writes config.v4.json, as transformers 4 spells it; gives how far its logits are off."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rope = dict(old.pop("rope_parameters"))
-    old["rope_theta"] = rope.pop("rope_theta")
-    old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    parameters = old.pop("rope_parameters", None)
+    if family == "Gemma3":
+        old["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    if parameters is not None:
+        scaling = dict(parameters)
+        theta, partial = scaling.pop("rope_theta"), scaling.pop("partial_rotary_factor", None)
+        if family == "GPTNeoX":
+            old["rotary_emb_base"], old["rotary_pct"] = theta, partial
+        else:
+            old["rope_theta"] = theta
+            if partial is not None:
+                old["partial_rotary_factor"] = partial
+            if family == "Phi3":
+                scaling.pop("original_max_position_embeddings", None)
+                scaling["type"] = scaling.pop("rope_type")
+            kind = scaling.get("rope_type", scaling.get("type"))
+            if kind != "default":
+                old["rope_scaling"] = scaling
     old["torch_dtype"] = old.pop("dtype")
     old["transformers_version"] = "4.45.0"
     write_json(folder / "config.v4.json", old)
 
-    config = LlamaConfig.from_dict(old, attn_implementation="eager")
-    again = LlamaForCausalLM(config).float().eval()
+    config_class, model_class = classes(family, options)
+    config = config_class.from_dict(copy.deepcopy(old), attn_implementation="eager")
+    again = model_class(config).float().eval()
     again.load_state_dict(model.state_dict())
     with torch.no_grad():
-        difference = (again(ids).logits - logits).abs().max().item()
+        difference = (again(ids).logits - model(ids).logits).abs().max().item()
     assert difference == 0.0, f"{folder.name}: config.v4.json is another model, by {difference}"
     return difference
 
@@ -261,9 +351,10 @@ TOKENIZER_TESTS = [
 ]
 
 
-def smollm2(out, gguf):
+def smollm2(out, args):
     from transformers import AutoModelForCausalLM
 
+    gguf = args.gguf
     assert gguf is not None, "smollm2 needs --gguf"
     folder = out / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)
@@ -503,11 +594,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--gguf", type=Path, help="the model of the kind smollm2")
+    parser.add_argument("--case", choices=MODELS, help="one of the kind models, for all of them")
     parser.add_argument("kinds", nargs="+", choices=KINDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for kind in options.kinds:
-        KINDS[kind](options.out, options.gguf)
+        KINDS[kind](options.out, options)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use criterion::{Criterion, Throughput};
 use kernels::{
-    AdamConfig, AdamState, KeyValues, adam_step, attention, dot_rows, rms_norm, rotary, silu_mul,
-    sparse_decode, top_k, top_k_encode,
+    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, adam_step,
+    attention, dot_rows, gated, rms_norm, rotary, sparse_decode, top_k, top_k_encode,
 };
 
 /// Activations of a training step.
@@ -97,6 +97,10 @@ fn optimiser(criterion: &mut Criterion, device: &Device) {
     group.finish();
 }
 
+fn scaled() -> AttentionConfig {
+    AttentionConfig::new((D_HEAD as f64).powf(-0.5))
+}
+
 /// What a block of the model is made of, over `[8, 128]` tokens.
 fn blocks(criterion: &mut Criterion, device: &Device) {
     let n = N_ROWS * N_POS;
@@ -107,20 +111,22 @@ fn blocks(criterion: &mut Criterion, device: &Device) {
     let (cos, sin) = (angles.clone().cos(), angles.sin());
     let heads = || noise([N_ROWS, N_POS, N_KV_HEADS, D_HEAD], device);
     let own = (heads(), heads());
-    let no_padding = Tensor::<1, Int>::zeros([N_ROWS], device);
+    let no_padding = Tensor::<2, Int>::zeros([N_ROWS, N_POS], device);
     let mut group = criterion.benchmark_group("blocks");
     group.sample_size(20).throughput(Throughput::Elements(n as u64));
     group.bench_function("rms_norm", |b| {
         b.iter(|| rms_norm(x.clone(), gain.clone(), 1e-5));
     });
-    group.bench_function("silu_mul", |b| b.iter(|| silu_mul(gate.clone(), up.clone())));
+    group.bench_function("gated", |b| {
+        b.iter(|| gated(gate.clone(), up.clone(), Nonlinearity::Silu));
+    });
     group.bench_function("rotary", |b| {
-        b.iter(|| rotary(q.clone(), cos.clone(), sin.clone()));
+        b.iter(|| rotary(q.clone(), cos.clone(), sin.clone(), RotaryPairs::Halves));
     });
     group.bench_function("attention", |b| {
         b.iter(|| {
             let key_values = KeyValues { prefix: None, own: own.clone() };
-            attention(q.clone(), key_values, no_padding.clone(), (D_HEAD as f64).powf(-0.5))
+            attention(q.clone(), key_values, no_padding.clone(), scaled())
         });
     });
     group.finish();
@@ -135,7 +141,7 @@ fn cached_step(criterion: &mut Criterion, device: &Device) {
     let heads = |rows, n| noise([rows, n, N_KV_HEADS, D_HEAD], device);
     let prefix = (heads(1, N_POS), heads(1, N_POS));
     let own = (heads(N_CONVERSATIONS, N_OWN), heads(N_CONVERSATIONS, N_OWN));
-    let no_padding = Tensor::<1, Int>::zeros([N_CONVERSATIONS], device);
+    let no_padding = Tensor::<2, Int>::zeros([N_CONVERSATIONS, 1], device);
     let x = noise([N_CONVERSATIONS, D_MODEL], device);
     let unembedding = noise([D_VOCAB, D_MODEL], device);
     let mut group = criterion.benchmark_group("cached_step");
@@ -143,7 +149,7 @@ fn cached_step(criterion: &mut Criterion, device: &Device) {
     group.bench_function("attention", |b| {
         b.iter(|| {
             let key_values = KeyValues { prefix: Some(prefix.clone()), own: own.clone() };
-            attention(q.clone(), key_values, no_padding.clone(), (D_HEAD as f64).powf(-0.5))
+            attention(q.clone(), key_values, no_padding.clone(), scaled())
         });
     });
     group.bench_function("unembedding", |b| {

@@ -9,7 +9,9 @@ use burn::tensor::{Device, Tensor};
 use examples::assets::{LoadedModel, load_model, locate_model};
 use goldens::{Case, assert_close};
 use model_hooks::text::{Message, Role};
-use model_hooks::{ActivationCache, GenerateConfig, HookPoint, SharedPrefix, TokenBatch};
+use model_hooks::{
+    ActivationCache, GenerateConfig, HookPoint, SharedPrefix, TokenBatch, unobserved,
+};
 
 fn case_and_model() -> Option<(Case, LoadedModel)> {
     let folder = goldens::folder().join("smollm2");
@@ -93,8 +95,8 @@ fn golden_smollm2() {
 
     // Greedy ids: alone, and in a left-padded batch.
     let greedy = |rows: &[Vec<u32>], n: usize| {
-        let config = GenerateConfig { max_new_tokens: n, min_new_tokens: 0, stop_ids: vec![] };
-        model.generate(rows, &SharedPrefix::default(), &config, &mut (), |_| ()).unwrap()
+        let config = GenerateConfig::greedy(n, vec![]);
+        model.generate(rows, &SharedPrefix::default(), &config, &mut (), unobserved).unwrap()
     };
     let n = rows[0].len();
     let expected = &case.ids("greedy_ids")[0][n..];

@@ -10,7 +10,7 @@
 //! | [`top_k`] | none: the values are cut from the graph |
 //! | [`top_k_encode`] | sparse, at the selected entries |
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
-//! | [`sparse_dot`], [`dot_rows`], [`rms_norm`], [`silu_mul`], [`rotary`], [`attention`] | through the plain default |
+//! | [`sparse_dot`], [`dot_rows`], [`rms_norm`], [`layer_norm`], [`nonlinear`], [`gated`], [`rotary`], [`attention`] | through the plain default |
 //! | [`adam_step`] | none |
 
 mod autodiff;
@@ -20,7 +20,7 @@ mod flex;
 mod ndarray;
 mod ops;
 
-pub use ops::{AdamConfig, KernelOps};
+pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs};
 
 use burn::backend::Dispatch;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -133,35 +133,66 @@ pub fn rms_norm(x: Tensor<2>, gain: Tensor<1>, epsilon: f64) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), gain.into_dispatch(), epsilon))
 }
 
-/// `silu(gate) ⊙ up`, with `silu(a) = a / (1 + e^−a)`: the gate of a Llama MLP.
+/// `(x − mean(x)) / sqrt(var(x) + epsilon) ⊙ gain + bias` over the last axis (Ba et al., 2016), with
+/// the biased variance.
+///
+/// # Shapes
+/// `x`: `[n, d]`, `gain` and `bias`: `[d]`; result: `[n, d]`.
+///
+/// # Panics
+/// If `gain` or `bias` does not fit `x`.
+pub fn layer_norm(x: Tensor<2>, gain: Tensor<1>, bias: Tensor<1>, epsilon: f64) -> Tensor<2> {
+    let [_, d] = x.dims();
+    assert_eq!(gain.dims(), [d], "layer_norm: gain does not fit x");
+    assert_eq!(bias.dims(), [d], "layer_norm: bias does not fit x");
+    Tensor::from_dispatch(Dispatch::layer_norm(
+        x.into_dispatch(),
+        gain.into_dispatch(),
+        bias.into_dispatch(),
+        epsilon,
+    ))
+}
+
+/// A non-linearity, element by element.
+///
+/// # Shapes
+/// `x` and the result: `[n, m]`.
+pub fn nonlinear(x: Tensor<2>, nonlinearity: Nonlinearity) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::nonlinear(x.into_dispatch(), nonlinearity))
+}
+
+/// `f(gate) ⊙ up`: the hidden layer of a gated MLP (Shazeer, 2020).
 ///
 /// # Shapes
 /// `gate`, `up` and the result: `[n, m]`.
 ///
 /// # Panics
 /// If the shapes differ.
-pub fn silu_mul(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-    assert_eq!(gate.dims(), up.dims(), "silu_mul: gate and up differ");
-    Tensor::from_dispatch(Dispatch::silu_mul(gate.into_dispatch(), up.into_dispatch()))
+pub fn gated(gate: Tensor<2>, up: Tensor<2>, nonlinearity: Nonlinearity) -> Tensor<2> {
+    assert_eq!(gate.dims(), up.dims(), "gated: gate and up differ");
+    let out = Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), nonlinearity);
+    Tensor::from_dispatch(out)
 }
 
-/// Rotary position embedding of half-split pairs `(i, i + d_head / 2)` (Llama, NeoX).
+/// Rotary position embedding (Su et al., 2021): turns pairs of dimensions of every head. Dimensions
+/// past `2 · n_pairs` stay as they are.
 ///
 /// # Shapes
-/// `x`: `[batch, pos, head, d_head]`, `cos` and `sin`: `[batch, pos, d_head / 2]`.
+/// `x`: `[batch, pos, head, d_head]`, `cos` and `sin`: `[batch, pos, n_pairs]`.
 ///
 /// # Panics
-/// If `d_head` is odd or a table does not fit.
-pub fn rotary(x: Tensor<4>, cos: Tensor<3>, sin: Tensor<3>) -> Tensor<4> {
+/// If a table does not fit.
+pub fn rotary(x: Tensor<4>, cos: Tensor<3>, sin: Tensor<3>, pairs: RotaryPairs) -> Tensor<4> {
     let [batch, pos, _, d_head] = x.dims();
-    assert_eq!(d_head % 2, 0, "rotary: d_head {d_head} is odd");
-    let table = [batch, pos, d_head / 2];
-    assert_eq!(cos.dims(), table, "rotary: cos does not fit x");
-    assert_eq!(sin.dims(), table, "rotary: sin does not fit x");
+    let [_, _, n_pairs] = cos.dims();
+    assert!(2 * n_pairs <= d_head, "rotary: {n_pairs} pairs in a head of {d_head}");
+    assert_eq!(cos.dims(), [batch, pos, n_pairs], "rotary: cos does not fit x");
+    assert_eq!(sin.dims(), cos.dims(), "rotary: sin does not fit cos");
     Tensor::from_dispatch(Dispatch::rotary(
         x.into_dispatch(),
         cos.into_dispatch(),
         sin.into_dispatch(),
+        pairs,
     ))
 }
 
@@ -179,26 +210,28 @@ pub struct KeyValues {
 /// Causal grouped-query attention over a shared prefix and each row's own columns.
 ///
 /// Query `i` of `n` stands at own column `own − n + i`. It sees the whole prefix and those own
-/// columns `c` of its row with `first_column[row] ≤ c ≤` its own column: columns before
-/// `first_column` are left padding. A query that sees nothing (itself padding) gives zero.
+/// columns `c` of its row with `first_column[row, i] ≤ c ≤` its own column: the columns before are
+/// left padding, or another text of the same row. A query that sees nothing (itself padding) gives
+/// zero. With a window it sees only keys less than so many positions back; the prefix stands
+/// directly before `first_column`.
 ///
 /// # Shapes
-/// `q`: `[batch, n, head, d_head]`, `first_column`: `[batch]`; result: as `q`.
+/// `q`: `[batch, n, head, d_head]`, `first_column`: `[batch, n]`; result: as `q`.
 ///
 /// # Panics
 /// If a shape does not fit.
 pub fn attention(
     q: Tensor<4>,
     key_values: KeyValues,
-    first_column: Tensor<1, Int>,
-    scale: f64,
+    first_column: Tensor<2, Int>,
+    config: AttentionConfig,
 ) -> Tensor<4> {
     let [batch, n, n_heads, d_head] = q.dims();
     let (k, v) = key_values.own;
     let [_, own, n_kv_heads, _] = k.dims();
     assert_eq!(k.dims(), [batch, own, n_kv_heads, d_head], "attention: keys");
     assert_eq!(v.dims(), k.dims(), "attention: values do not fit the keys");
-    assert_eq!(first_column.dims(), [batch], "attention: first_column");
+    assert_eq!(first_column.dims(), [batch, n], "attention: first_column");
     assert_eq!(n_heads % n_kv_heads, 0, "attention: {n_heads} heads over {n_kv_heads} key heads");
     assert!(n <= own, "attention: {n} queries but {own} own columns");
     let (prefix_k, prefix_v) = key_values.prefix.unwrap_or_else(|| {
@@ -213,7 +246,7 @@ pub fn attention(
         k.into_dispatch(),
         v.into_dispatch(),
         first_column.into_dispatch(),
-        scale,
+        config,
     ))
 }
 

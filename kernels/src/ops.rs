@@ -1,8 +1,11 @@
 //! The operations as backends see them, with their plain defaults.
 
+use std::f64::consts::PI;
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata, backend_extension, get_or_init_device_settings};
 use burn::tensor::{IndexingUpdateOp, Shape};
+use serde::{Deserialize, Serialize};
 
 /// The constants of an Adam step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -21,6 +24,49 @@ impl AdamConfig {
     /// The usual constants: betas 0.9 and 0.999, epsilon 1e-8.
     pub fn new(learning_rate: f64) -> Self {
         Self { learning_rate, beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8 }
+    }
+}
+
+/// The non-linearity of an MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Nonlinearity {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// `x · Φ(x)`, with the distribution function of the normal distribution.
+    Gelu,
+    /// The approximation of GELU by a tanh (`gelu_new`, `gelu_pytorch_tanh`).
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Which dimensions of a head a rotary embedding turns together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RotaryPairs {
+    /// `(i, i + n_pairs)`: Llama, NeoX and most others.
+    Halves,
+    /// `(2i, 2i + 1)`: GPT-J.
+    Neighbours,
+}
+
+/// What attention does besides weighing values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionConfig {
+    /// Scores are multiplied by this.
+    pub scale: f64,
+    /// Scores are then squashed to `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f64>,
+    /// A query sees only keys less than so many positions back, itself included.
+    pub window: Option<usize>,
+}
+
+impl AttentionConfig {
+    /// Scaled, and nothing else.
+    pub fn new(scale: f64) -> Self {
+        Self { scale, soft_cap: None, window: None }
     }
 }
 
@@ -138,31 +184,87 @@ pub trait KernelOps: Backend {
         Self::float_mul(Self::float_div(x, scale), gain)
     }
 
-    fn silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let silu = Self::float_mul(gate.clone(), Self::sigmoid(gate));
-        Self::float_mul(silu, up)
+    fn layer_norm(
+        x: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self> {
+        let d = x.shape()[1];
+        let row = |t| Self::float_reshape(t, Shape::new([1, d]));
+        let centred = Self::float_sub(x.clone(), Self::float_mean_dim(x, 1));
+        let variance = Self::float_mean_dim(Self::float_mul(centred.clone(), centred.clone()), 1);
+        let scale = Self::float_sqrt(Self::float_add_scalar(variance, epsilon.into()));
+        let normalized = Self::float_div(centred, scale);
+        Self::float_add(Self::float_mul(normalized, row(gain)), row(bias))
+    }
+
+    fn nonlinear(x: FloatTensor<Self>, nonlinearity: Nonlinearity) -> FloatTensor<Self> {
+        match nonlinearity {
+            Nonlinearity::Silu => Self::float_mul(x.clone(), Self::sigmoid(x)),
+            Nonlinearity::Gelu => Self::gelu(x),
+            Nonlinearity::GeluTanh => {
+                let cube = Self::float_mul(Self::float_mul(x.clone(), x.clone()), x.clone());
+                let inner =
+                    Self::float_add(x.clone(), Self::float_mul_scalar(cube, 0.044715.into()));
+                let inner = Self::float_mul_scalar(inner, (2.0 / PI).sqrt().into());
+                let half = Self::float_mul_scalar(x, 0.5.into());
+                Self::float_mul(half, Self::float_add_scalar(Self::float_tanh(inner), 1.0.into()))
+            }
+            Nonlinearity::Relu => Self::relu(x),
+        }
+    }
+
+    fn gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        nonlinearity: Nonlinearity,
+    ) -> FloatTensor<Self> {
+        Self::float_mul(Self::nonlinear(gate, nonlinearity), up)
     }
 
     fn rotary(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        pairs: RotaryPairs,
     ) -> FloatTensor<Self> {
-        let [batch, pos, _, d_head]: [usize; 4] = dims(&x);
-        let half = d_head / 2;
-        let table = |t| Self::float_reshape(t, Shape::new([batch, pos, 1, half]));
-        let (cos, sin) = (table(cos), table(sin));
+        let [batch, pos, n_heads, d_head]: [usize; 4] = dims(&x);
+        let [_, _, n_pairs]: [usize; 3] = dims(&cos);
+        let turned = 2 * n_pairs;
+        // The two members of a pair on an axis of their own: before the pairs, or after them.
+        let (shape, axis) = match pairs {
+            RotaryPairs::Halves => ([batch, pos, n_heads, 2, n_pairs], 3),
+            RotaryPairs::Neighbours => ([batch, pos, n_heads, n_pairs, 2], 4),
+        };
+        let member = |turned: &FloatTensor<Self>, which: usize| {
+            let mut slices = [all(); 5];
+            slices[axis] = one(which);
+            let member = Self::float_slice(turned.clone(), &slices);
+            Self::float_reshape(member, Shape::new([batch, pos, n_heads, n_pairs]))
+        };
         let part = |from: usize, to: usize| {
             let slice = burn::tensor::Slice::new(from as isize, Some(to as isize), 1);
             Self::float_slice(x.clone(), &[all(), all(), all(), slice])
         };
-        let (a, b) = (part(0, half), part(half, d_head));
+        let split = Self::float_reshape(part(0, turned), Shape::new(shape));
+        let (a, b) = (member(&split, 0), member(&split, 1));
+        let table = |t| Self::float_reshape(t, Shape::new([batch, pos, 1, n_pairs]));
+        let (cos, sin) = (table(cos), table(sin));
         let first = Self::float_sub(
             Self::float_mul(a.clone(), cos.clone()),
             Self::float_mul(b.clone(), sin.clone()),
         );
         let second = Self::float_add(Self::float_mul(b, cos), Self::float_mul(a, sin));
-        Self::float_cat(vec![first, second], 3)
+        let mut shape = shape;
+        shape[axis] = 1;
+        let alone = |t| Self::float_reshape(t, Shape::new(shape));
+        let joined = Self::float_cat(vec![alone(first), alone(second)], axis);
+        let joined = Self::float_reshape(joined, Shape::new([batch, pos, n_heads, turned]));
+        match turned == d_head {
+            true => joined,
+            false => Self::float_cat(vec![joined, part(turned, d_head)], 3),
+        }
     }
 
     fn attention(
@@ -172,8 +274,9 @@ pub trait KernelOps: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         first_column: IntTensor<Self>,
-        scale: f64,
+        config: AttentionConfig,
     ) -> FloatTensor<Self> {
+        let AttentionConfig { scale, soft_cap, window } = config;
         let [batch, n, n_heads, d_head]: [usize; 4] = dims(&q);
         let [_, prefix, n_kv_heads, _]: [usize; 4] = dims(&prefix_k);
         let [_, own, _, _]: [usize; 4] = dims(&k);
@@ -198,9 +301,16 @@ pub trait KernelOps: Backend {
         let q = Self::float_reshape(q, Shape::new([batch, n_kv_heads, group * n, d_head]));
         let scores = Self::float_matmul(q, Self::float_swap_dims(k, 2, 3));
         let scores = Self::float_mul_scalar(scores, scale.into());
+        let scores = match soft_cap {
+            Some(cap) => {
+                let squashed = Self::float_tanh(Self::float_mul_scalar(scores, (1.0 / cap).into()));
+                Self::float_mul_scalar(squashed, cap.into())
+            }
+            None => scores,
+        };
         let scores = Self::float_reshape(scores, Shape::new([batch, n_kv_heads, group, n, total]));
 
-        // hidden[b, 0, 0, i, c]: the column is padding, or comes after the query.
+        // hidden[b, 0, 0, i, c]: the column is padding, comes after the query, or lies too far back.
         let int = settings.int_dtype;
         let bool_dtype = settings.bool_dtype;
         let column = Self::int_reshape(
@@ -212,17 +322,27 @@ pub trait KernelOps: Backend {
             Shape::new([1, 1, 1, n, 1]),
         );
         let first =
-            Self::int_reshape(Self::int_cast(first_column, int), Shape::new([batch, 1, 1, 1, 1]));
-        let first = Self::int_add_scalar(first, (prefix as i64).into());
+            Self::int_reshape(Self::int_cast(first_column, int), Shape::new([batch, 1, 1, n, 1]));
         let shape = Shape::new([batch, n_kv_heads, group, n, total]);
         let expand = |t| Self::int_expand(t, shape.clone());
-        let column = expand(column);
-        let after = Self::int_greater(column.clone(), expand(query), bool_dtype);
-        let padding = Self::bool_and(
-            Self::int_lower(column.clone(), expand(first), bool_dtype),
-            Self::int_greater_equal_elem(column, (prefix as i64).into(), bool_dtype),
-        );
-        let hidden = Self::bool_or(after, padding);
+        let (column, query, first) = (expand(column), expand(query), expand(first));
+        let after = Self::int_greater(column.clone(), query.clone(), bool_dtype);
+        let is_own =
+            Self::int_greater_equal_elem(column.clone(), (prefix as i64).into(), bool_dtype);
+        let own_first = Self::int_add_scalar(first.clone(), (prefix as i64).into());
+        let before = Self::int_lower(column.clone(), own_first, bool_dtype);
+        let hidden = Self::bool_or(after, Self::bool_and(before, is_own.clone()));
+        let hidden = match window {
+            Some(window) => {
+                // Between a prefix key and the query lie no padding columns.
+                let gap = Self::int_mask_fill(first, is_own, 0.into());
+                let distance = Self::int_sub(Self::int_sub(query, column), gap);
+                let far =
+                    Self::int_greater_equal_elem(distance, (window as i64).into(), bool_dtype);
+                Self::bool_or(hidden, far)
+            }
+            None => hidden,
+        };
 
         // A finite fill keeps rows that see nothing free of NaN; the second fill zeroes them.
         let scores = Self::float_mask_fill(scores, hidden.clone(), (-1e30f32).into());
@@ -277,6 +397,10 @@ pub(crate) fn dims<const D: usize>(tensor: &impl TensorMetadata) -> [usize; D] {
 
 fn all() -> burn::tensor::Slice {
     burn::tensor::Slice::full()
+}
+
+fn one(index: usize) -> burn::tensor::Slice {
+    burn::tensor::Slice::new(index as isize, Some(index as isize + 1), 1)
 }
 
 /// `rows[indices]` as `[n, k, d]`.

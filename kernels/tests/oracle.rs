@@ -1,7 +1,7 @@
 //! Every kernel of a backend against the plain computation, values and gradients, on random shapes.
 
 use burn::tensor::{Device, Int, Tensor, TensorData, Tolerance};
-use kernels::{AdamConfig, AdamState, KeyValues};
+use kernels::{AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs};
 use proptest::prelude::*;
 
 fn device() -> Device {
@@ -119,7 +119,13 @@ proptest! {
         let ((a, pa), (b, pb)) = (pair(1), pair(2));
         let gain = |device| noise::<1>([d], seed ^ 3, device);
         assert_close(kernels::rms_norm(a.clone(), gain(&fast), 1e-5), kernels::rms_norm(pa.clone(), gain(&plain), 1e-5).inner());
-        assert_close(kernels::silu_mul(a, b), kernels::silu_mul(pa, pb).inner());
+        let norm = |x, device| kernels::layer_norm(x, gain(device), noise([d], seed ^ 4, device), 1e-5);
+        assert_close(norm(a.clone(), &fast), norm(pa.clone(), &plain).inner());
+        for f in [Nonlinearity::Silu, Nonlinearity::Gelu, Nonlinearity::GeluTanh, Nonlinearity::Relu] {
+            assert_close(kernels::nonlinear(a.clone(), f), kernels::nonlinear(pa.clone(), f).inner());
+            let gated = kernels::gated(a.clone(), b.clone(), f);
+            assert_close(gated, kernels::gated(pa.clone(), pb.clone(), f).inner());
+        }
     }
 
     #[test]
@@ -135,18 +141,24 @@ proptest! {
     }
 
     #[test]
-    fn rotary_matches_its_default(batch in 1..4usize, pos in 1..6usize, heads in 1..4usize, half in 1..9usize, seed: u64) {
-        let run = |device: &Device| {
-            let angles = noise::<3>([batch, pos, half], seed, device) * 9.0;
-            kernels::rotary(noise([batch, pos, heads, 2 * half], seed ^ 1, device), angles.clone().cos(), angles.sin())
-        };
-        assert_close(run(&device()), run(&device().autodiff()).inner());
+    fn rotary_matches_its_default(
+        batch in 1..4usize, pos in 1..6usize, heads in 1..4usize, half in 1..9usize, rest in 0..4usize, seed: u64,
+    ) {
+        for pairs in [RotaryPairs::Halves, RotaryPairs::Neighbours] {
+            let run = |device: &Device| {
+                let angles = noise::<3>([batch, pos, half], seed, device) * 9.0;
+                let x = noise([batch, pos, heads, 2 * half + rest], seed ^ 1, device);
+                kernels::rotary(x, angles.clone().cos(), angles.sin(), pairs)
+            };
+            assert_close(run(&device()), run(&device().autodiff()).inner());
+        }
     }
 
     #[test]
     fn attention_matches_its_default(
         batch in 1..4usize, n in 1..40usize, past in 0..20usize, prefix in 0..25usize,
         kv_heads in 1..3usize, group in 1..4usize, wide: bool, seed: u64,
+        soft_cap in prop::option::of(0.5..3f64), window in prop::option::of(1..30usize),
     ) {
         let d_head = if wide { 16 } else { 6 };
         let run = |device: &Device| {
@@ -154,9 +166,12 @@ proptest! {
             let q = noise([batch, n, kv_heads * group, d_head], seed ^ 1, device) * 3.0;
             let shared = (prefix > 0).then(|| (vectors(1, prefix, 2), vectors(1, prefix, 3)));
             let own = (vectors(batch, past + n, 4), vectors(batch, past + n, 5));
-            let first: Vec<i64> = (0..batch).map(|row| ((seed >> row) % (past + n + 1) as u64) as i64).collect();
-            let first = Tensor::from_data(TensorData::new(first, [batch]), device);
-            kernels::attention(q, KeyValues { prefix: shared, own }, first, 0.3)
+            // Within a row, as where texts follow one another.
+            let first = |row: usize, i: usize| ((seed >> row) % (past + n + 1) as u64) as i64 + (i as i64 / 7);
+            let first: Vec<i64> = (0..batch).flat_map(|row| (0..n).map(move |i| first(row, i))).collect();
+            let first = Tensor::from_data(TensorData::new(first, [batch, n]), device);
+            let config = AttentionConfig { scale: 0.3, soft_cap, window };
+            kernels::attention(q, KeyValues { prefix: shared, own }, first, config)
         };
         assert_close(run(&device()), run(&device().autodiff()).inner());
     }
@@ -182,6 +197,19 @@ proptest! {
         let book: Vec<f32> = book.into_iter().map(|w| w as f32).collect();
         assert_close(w, Tensor::from_data(TensorData::new(book, [n, m]), &device));
     }
+}
+
+/// The definition of rotary embeddings, by complex multiplication.
+#[test]
+fn rotary_turns_the_pairs_that_it_names() {
+    let device = device();
+    let x = Tensor::<4>::from_data([[[[1.0, 2.0, 3.0, 4.0, 5.0]]]], &device);
+    let table = |values: [f64; 2]| Tensor::<3>::from_data([[values]], &device);
+    // A quarter turn for the first pair, none for the second.
+    let run =
+        |pairs| floats(kernels::rotary(x.clone(), table([0.0, 1.0]), table([1.0, 0.0]), pairs));
+    assert_eq!(run(RotaryPairs::Halves), [-3.0, 2.0, 1.0, 4.0, 5.0]);
+    assert_eq!(run(RotaryPairs::Neighbours), [-2.0, 1.0, 3.0, 4.0, 5.0]);
 }
 
 #[test]

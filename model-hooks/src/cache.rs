@@ -41,6 +41,11 @@ impl ActivationCache {
         kept.map(Activation::into_tensor)
     }
 
+    /// The points asked for.
+    pub fn points(&self) -> impl Iterator<Item = HookPoint> {
+        self.kept.keys().copied()
+    }
+
     /// All that was kept, by point.
     pub fn iter(&self) -> impl Iterator<Item = (HookPoint, &Activation)> {
         self.kept.iter().filter_map(|(&point, kept)| Some((point, kept.as_ref()?)))

@@ -1,33 +1,78 @@
 //! What a model's checkpoint says about its shape, in one vocabulary whatever the file.
 
+mod error;
 mod gguf;
 mod hf;
+mod rope;
 
+pub use kernels::{Nonlinearity, RotaryPairs};
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use crate::load::MetadataError;
+pub use error::ConfigError;
 pub(crate) use gguf::TensorEvidence;
+pub use rope::{LongRope, RopeConfig, RopeScaling};
 
 /// The families of models that can be built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Architecture {
+    /// GPT-2: learned positions, layer norms with biases, a plain MLP.
+    Gpt2,
+    /// GPT-J: attention and MLP in parallel behind one norm, rotary of neighbouring pairs.
+    GptJ,
+    /// GPT-NeoX and Pythia: parallel or sequential, each half behind a norm of its own.
+    GptNeoX,
+    /// OPT: learned positions and a ReLU.
+    Opt,
     /// Pre-norm decoder with RMS norms, rotary grouped-query attention and a gated MLP.
     Llama,
+    /// Llama with a sliding window.
+    Mistral,
+    /// Llama with biases on queries, keys and values.
+    Qwen2,
+    /// Llama with norms on queries and keys.
+    Qwen3,
+    /// Llama with fused projections, and rotary factors for long contexts.
+    Phi3,
+    /// Norms before and after each half, soft caps, and a window in every other block.
+    Gemma2,
+    /// Gemma 2 with norms on queries and keys in place of soft caps, and rotary of its own in the
+    /// blocks with a window.
+    Gemma3,
+    /// Llama with its norms behind each half, and norms on queries and keys.
+    Olmo2,
 }
 
 impl Architecture {
-    /// The architecture that `config.json` calls `model_type` and GGUF `general.architecture`.
+    /// Every architecture with the name that `config.json` has for it in `model_type`.
+    pub const NAMES: [(&str, Self); 12] = [
+        ("gpt2", Self::Gpt2),
+        ("gptj", Self::GptJ),
+        ("gpt_neox", Self::GptNeoX),
+        ("opt", Self::Opt),
+        ("llama", Self::Llama),
+        ("mistral", Self::Mistral),
+        ("qwen2", Self::Qwen2),
+        ("qwen3", Self::Qwen3),
+        ("phi3", Self::Phi3),
+        ("gemma2", Self::Gemma2),
+        ("gemma3_text", Self::Gemma3),
+        ("olmo2", Self::Olmo2),
+    ];
+
+    /// The architecture that `config.json` calls `model_type`.
     ///
     /// # Errors
     /// [`ConfigError::UnknownArchitecture`] for every name that is not built here.
     pub fn from_name(name: &str) -> Result<Self, ConfigError> {
-        match name {
-            "llama" => Ok(Self::Llama),
-            _ => Err(ConfigError::UnknownArchitecture { actual: name.to_owned() }),
-        }
+        let found = Self::NAMES.iter().find(|(known, _)| *known == name);
+        found.map(|&(_, architecture)| architecture).ok_or_else(|| {
+            ConfigError::UnknownArchitecture {
+                actual: name.to_owned(),
+                supported: Self::NAMES.map(|(name, _)| name).to_vec(),
+            }
+        })
     }
 }
 
@@ -46,63 +91,94 @@ pub struct ModelConfig {
     pub n_ctx: usize,
     /// The ε under the root of every norm.
     pub norm_eps: f64,
-    /// Whether the unembedding is the embedding, transposed.
-    pub tie_embeddings: bool,
-    /// The shape of every attention layer.
+    /// Whether attention and MLP both read the residual stream as the block finds it.
+    pub parallel: bool,
+    /// The shape of the attention layers.
     pub attention: AttentionConfig,
     /// The shape of every MLP.
     pub mlp: MlpConfig,
+    /// From the residual stream to logits.
+    pub unembedding: UnembeddingConfig,
     /// The ids with a meaning of their own.
     pub special_tokens: SpecialTokens,
 }
 
-/// The shape of an attention layer.
+/// The shape of the attention layers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionConfig {
     /// Number of query heads.
     pub n_heads: usize,
     /// Number of key and value heads; divides `n_heads`.
     pub n_kv_heads: usize,
-    /// Width of one head; even, because rotary embedding turns pairs.
+    /// Width of one head.
     pub d_head: usize,
-    /// Whether the query, key, value and output projections have a bias.
+    /// Whether the projections have biases, where the architecture leaves the choice.
     pub bias: bool,
-    /// The rotary position embedding.
-    pub rope: RopeConfig,
+    /// By what each layer multiplies its scores.
+    pub scales: AttentionScale,
+    /// Scores are squashed to `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f64>,
+    /// The blocks that see only the latest positions.
+    pub sliding: Option<SlidingConfig>,
+    /// The rotary position embedding; models with learned positions have none.
+    pub rope: Option<RopeConfig>,
 }
 
-/// Rotary position embedding: pair `i` of a head turns by `theta^(-2i / d_head)` per position.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct RopeConfig {
-    /// The base of the frequencies.
-    pub theta: f64,
-    /// How the frequencies are changed to reach further than in training.
-    pub scaling: RopeScaling,
-}
-
-/// A change of the rotary frequencies.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// By what attention scores are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum RopeScaling {
-    /// None.
-    Default,
-    /// Every frequency divided by `factor`.
-    Linear {
-        /// How many times further the positions reach.
-        factor: f64,
-    },
-    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between.
-    Llama3 {
-        /// How many times further the positions reach.
-        factor: f64,
-        /// Wavelengths above `original_n_ctx / low_freq_factor` are divided by `factor`.
-        low_freq_factor: f64,
-        /// Wavelengths below `original_n_ctx / high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// The context length before the stretch.
-        original_n_ctx: usize,
-    },
+pub enum AttentionScale {
+    /// The same in every block.
+    Same(f64),
+    /// `scale / (layer + 1)` (GPT-2's `scale_attn_by_inverse_layer_idx`).
+    ByLayer(f64),
+}
+
+/// Attention that sees only the latest positions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SlidingConfig {
+    /// Positions seen, the query's own included.
+    pub window: usize,
+    /// For each block, whether it slides.
+    pub layers: Vec<bool>,
+    /// The rotary of the sliding blocks, where it differs from that of the others.
+    pub rope: Option<RopeConfig>,
+}
+
+impl AttentionConfig {
+    /// By what a block multiplies its scores.
+    pub fn scale(&self, layer: usize) -> f64 {
+        match self.scales {
+            AttentionScale::Same(scale) => scale,
+            AttentionScale::ByLayer(scale) => scale / (layer + 1) as f64,
+        }
+    }
+
+    /// Positions that a block sees, if not all.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.sliding(layer).map(|sliding| sliding.window)
+    }
+
+    /// The rotaries of the model: that of most blocks, and that of the sliding ones where it
+    /// differs.
+    pub fn ropes(&self) -> impl Iterator<Item = &RopeConfig> {
+        self.rope.iter().chain(self.sliding.iter().filter_map(|sliding| sliding.rope.as_ref()))
+    }
+
+    /// Which of [`ropes`](Self::ropes) a block has.
+    pub fn rope_idx(&self, layer: usize) -> Option<usize> {
+        let has_own = self.sliding(layer).is_some_and(|sliding| sliding.rope.is_some());
+        self.rope.as_ref().map(|_| usize::from(has_own))
+    }
+
+    /// Widths of all queries and of all keys of a position.
+    pub(crate) fn widths(&self) -> [usize; 2] {
+        [self.n_heads * self.d_head, self.n_kv_heads * self.d_head]
+    }
+
+    fn sliding(&self, layer: usize) -> Option<&SlidingConfig> {
+        self.sliding.as_ref().filter(|sliding| sliding.layers[layer])
+    }
 }
 
 /// The shape of an MLP.
@@ -110,19 +186,19 @@ pub enum RopeScaling {
 pub struct MlpConfig {
     /// Width of the hidden layer.
     pub d_mlp: usize,
-    /// The non-linearity of the gate.
-    pub activation: Activation,
-    /// Whether the three projections have a bias.
+    /// The non-linearity, of the gate where there is one.
+    pub nonlinearity: Nonlinearity,
+    /// Whether the projections have biases, where the architecture leaves the choice.
     pub bias: bool,
 }
 
-/// The non-linearity of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Activation {
-    /// `x · sigmoid(x)`.
-    Silu,
+/// From the residual stream to logits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UnembeddingConfig {
+    /// Whether it is the embedding, transposed.
+    pub tied: bool,
+    /// Logits are squashed to `cap · tanh(logit / cap)`.
+    pub soft_cap: Option<f64>,
 }
 
 /// The token ids with a meaning of their own.
@@ -139,7 +215,7 @@ pub struct SpecialTokens {
 impl ModelConfig {
     /// The config itself, if its numbers can describe a model.
     fn validated(self) -> Result<Self, ConfigError> {
-        let Self { attention, mlp, .. } = &self;
+        let Self { attention, mlp, unembedding, .. } = &self;
         for (field, value) in [
             ("d_model", self.d_model),
             ("n_layers", self.n_layers),
@@ -153,16 +229,11 @@ impl ModelConfig {
             // The upper bound keeps every product of two dimensions far from overflow.
             require((1..=1 << 28).contains(&value), field, "between 1 and 2^28", value)?;
         }
-        require(
-            attention.n_heads.is_multiple_of(attention.n_kv_heads),
-            "n_kv_heads",
-            "a divisor of the number of heads",
-            attention.n_kv_heads,
-        )?;
-        require(attention.d_head.is_multiple_of(2), "d_head", "even", attention.d_head)?;
         require_positive("norm_eps", self.norm_eps)?;
-        attention.rope.validate()?;
-
+        attention.validate(self.n_layers)?;
+        if let Some(cap) = unembedding.soft_cap {
+            require_positive("the soft cap of logits", cap)?;
+        }
         let SpecialTokens { bos, eos, pad } = &self.special_tokens;
         for (field, ids) in [
             ("bos_token_id", bos.as_slice()),
@@ -177,25 +248,27 @@ impl ModelConfig {
     }
 }
 
-impl RopeConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
-        require_positive("rope theta", self.theta)?;
-        match self.scaling {
-            RopeScaling::Default => Ok(()),
-            RopeScaling::Linear { factor } => require_positive("rope factor", factor),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_n_ctx } => {
-                require_positive("rope factor", factor)?;
-                require_positive("low_freq_factor", low_freq_factor)?;
-                require(
-                    high_freq_factor.is_finite() && high_freq_factor > low_freq_factor,
-                    "high_freq_factor",
-                    "above low_freq_factor",
-                    high_freq_factor,
-                )?;
-                let field = "original_max_position_embeddings";
-                require(original_n_ctx > 0, field, "at least 1", original_n_ctx)
-            }
+impl AttentionConfig {
+    fn validate(&self, n_layers: usize) -> Result<(), ConfigError> {
+        require(
+            self.n_heads.is_multiple_of(self.n_kv_heads),
+            "n_kv_heads",
+            "a divisor of the number of heads",
+            self.n_kv_heads,
+        )?;
+        let (AttentionScale::Same(scale) | AttentionScale::ByLayer(scale)) = self.scales;
+        require_positive("the scale of attention scores", scale)?;
+        if let Some(cap) = self.soft_cap {
+            require_positive("the soft cap of attention scores", cap)?;
         }
+        let mut ropes = vec![&self.rope];
+        if let Some(sliding) = &self.sliding {
+            require(sliding.window > 0, "sliding_window", "at least 1", sliding.window)?;
+            let n = sliding.layers.len();
+            require(n == n_layers, "layer_types", "as long as there are blocks", n)?;
+            ropes.push(&sliding.rope);
+        }
+        ropes.into_iter().flatten().try_for_each(|rope| rope.validate(self.d_head))
     }
 }
 
@@ -215,64 +288,6 @@ fn require_positive(field: &'static str, value: f64) -> Result<(), ConfigError> 
     require(value.is_finite() && value > 0.0, field, "finite and above zero", value)
 }
 
-/// Why a checkpoint's description of its model cannot be used.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ConfigError {
-    /// `config.json` is not the JSON that it should be.
-    #[error("the config is not valid JSON of a model's config")]
-    Json {
-        /// What is wrong with it, and where.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// A metadata key is absent, or of another type than it should be.
-    #[error(transparent)]
-    Metadata(#[from] MetadataError),
-    /// A field that has no default is absent.
-    #[error("the config lacks `{field}`")]
-    MissingField {
-        /// The field, as the file would call it.
-        field: &'static str,
-    },
-    /// A model of a family that is not built here.
-    #[error("unknown architecture `{actual}`; `llama` is supported")]
-    UnknownArchitecture {
-        /// The name in the file.
-        actual: String,
-    },
-    /// An activation function that is not built here.
-    #[error("unknown activation `{actual}`; `silu` is supported")]
-    UnknownActivation {
-        /// The name in the file.
-        actual: String,
-    },
-    /// A kind of rotary scaling that is not built here.
-    #[error("unknown rope type `{actual}`; `default`, `linear` and `llama3` are supported")]
-    UnknownRope {
-        /// The name in the file.
-        actual: String,
-    },
-    /// An option that would change what the model computes, and is not built here.
-    #[error("the config sets `{field}` to {actual}, which is not supported")]
-    Unsupported {
-        /// The option, as the file calls it.
-        field: String,
-        /// Its value.
-        actual: String,
-    },
-    /// A value that no model can have.
-    #[error("`{field}` is {actual}, and should be {expected}")]
-    Invalid {
-        /// The field.
-        field: &'static str,
-        /// What it should be.
-        expected: &'static str,
-        /// What it is.
-        actual: String,
-    },
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,15 +300,19 @@ mod tests {
             d_vocab: 16,
             n_ctx: 32,
             norm_eps: 1e-5,
-            tie_embeddings: false,
+            parallel: false,
             attention: AttentionConfig {
                 n_heads: 4,
                 n_kv_heads: 2,
                 d_head: 2,
                 bias: false,
-                rope: RopeConfig { theta: 1e4, scaling: RopeScaling::Default },
+                scales: AttentionScale::Same(0.5),
+                soft_cap: None,
+                sliding: None,
+                rope: Some(RopeConfig::new(1e4, 2)),
             },
-            mlp: MlpConfig { d_mlp: 12, activation: Activation::Silu, bias: false },
+            mlp: MlpConfig { d_mlp: 12, nonlinearity: Nonlinearity::Silu, bias: false },
+            unembedding: UnembeddingConfig { tied: false, soft_cap: None },
             special_tokens: SpecialTokens { bos: Some(1), eos: vec![2, 3], pad: None },
         }
     }
@@ -305,27 +324,43 @@ mod tests {
         assert_eq!(serde_json::from_str::<ModelConfig>(&json).unwrap(), config);
     }
 
+    fn rope(config: &mut ModelConfig) -> &mut RopeConfig {
+        config.attention.rope.as_mut().unwrap()
+    }
+
+    fn slide(config: &mut ModelConfig, window: usize, layers: Vec<bool>) {
+        config.attention.sliding = Some(SlidingConfig { window, layers, rope: None });
+    }
+
     #[test]
     fn each_impossible_number_is_named() {
         type Spoil = fn(&mut ModelConfig);
-        let cases: [(&str, Spoil); 9] = [
+        let cases: [(&str, Spoil); 15] = [
             ("d_model", |c| c.d_model = 0),
             ("n_ctx", |c| c.n_ctx = usize::MAX),
             ("n_kv_heads", |c| c.attention.n_kv_heads = 3),
-            ("d_head", |c| c.attention.d_head = 3),
+            ("rotary dimensions", |c| rope(c).n_dims = 3),
+            ("rotary dimensions", |c| rope(c).n_dims = 4),
             ("norm_eps", |c| c.norm_eps = f64::NAN),
-            ("rope theta", |c| c.attention.rope.theta = 0.0),
+            ("rope theta", |c| rope(c).theta = 0.0),
             ("rope factor", |c| {
-                c.attention.rope.scaling = RopeScaling::Linear { factor: f64::INFINITY };
+                rope(c).scaling = RopeScaling::Linear { factor: f64::INFINITY };
             }),
             ("high_freq_factor", |c| {
-                c.attention.rope.scaling = RopeScaling::Llama3 {
+                rope(c).scaling = RopeScaling::Llama3 {
                     factor: 8.0,
                     low_freq_factor: 4.0,
                     high_freq_factor: 4.0,
                     original_n_ctx: 16,
                 };
             }),
+            ("the scale of attention scores", |c| {
+                c.attention.scales = AttentionScale::ByLayer(f64::NAN);
+            }),
+            ("the soft cap of attention scores", |c| c.attention.soft_cap = Some(0.0)),
+            ("the soft cap of logits", |c| c.unembedding.soft_cap = Some(-1.0)),
+            ("sliding_window", |c| slide(c, 0, vec![true])),
+            ("layer_types", |c| slide(c, 4, vec![true, false])),
             ("eos_token_id", |c| c.special_tokens.eos.push(16)),
         ];
         for (expected, spoil) in cases {

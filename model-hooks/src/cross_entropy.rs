@@ -5,6 +5,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use crate::hook::Hook;
 use crate::model::{ForwardError, LanguageModel};
+use crate::positions::Positions;
 use crate::tokens::TokenBatch;
 
 /// Cross-entropy of next tokens, summed, in nats.
@@ -76,12 +77,9 @@ impl LanguageModel {
         let losses = -predictions.gather(2, targets).reshape([batch, n - 1]);
 
         // A target counts from the row's second real token on.
-        let counts = |padding: usize, column: usize| column >= padding;
-        let weights: Vec<f32> = tokens
-            .padding()
-            .iter()
-            .flat_map(|&padding| (0..n - 1).map(move |column| f32::from(counts(padding, column))))
-            .collect();
+        let positions = Positions::packed(0, 0, n - 1, tokens.starts().to_vec());
+        let weights =
+            positions.cells(|row, column| f32::from(positions.get(row, column).is_some()));
         let n_tokens = weights.iter().filter(|&&weight| weight > 0.0).count();
         let weights = Tensor::from_data(TensorData::new(weights, [batch, n - 1]), self.device());
         let total = (losses * weights).sum().into_scalar::<f32>();

@@ -66,11 +66,6 @@ impl LanguageModel {
             matches!(point.axes(), [Axis::Batch, Axis::Pos, _]),
             "harvest takes activations [batch, pos, width], {point} has other axes"
         );
-        let n_blocks = match point {
-            HookPoint::Embed => 0,
-            HookPoint::Block { layer, .. } => layer + 1,
-            HookPoint::LnFinalScale | HookPoint::LnFinalNormalized => self.config().n_layers,
-        };
         let mut order: Vec<usize> = (0..texts.len()).collect();
         order.sort_by_key(|&text| texts[text].as_ref().len());
         let mut rest = order.as_slice();
@@ -80,14 +75,10 @@ impl LanguageModel {
             let rows: Vec<&[u32]> = batch.iter().map(|&text| texts[text].as_ref()).collect();
             let before = prefix.n_tokens();
             let tokens = TokenBatch::after(&rows, before, self.config(), self.device())?;
-            let mut kv = self.cache(prefix.clone(), tokens.padding().to_vec());
-            let positions = kv.next_positions(tokens.dims()[1]);
+            let mut kv = self.cache(prefix.clone(), &tokens);
+            let positions = tokens.positions(before);
             let mut cache = ActivationCache::new([point]);
-            let residual = self.embed(&tokens, &positions, &mut cache);
-            let residual = self.blocks(residual, 0..n_blocks, &mut kv, &mut cache)?;
-            if n_blocks == self.config().n_layers {
-                self.norm_final(residual, &positions, &mut cache);
-            }
+            self.run_for(&tokens, &mut kv, &mut cache)?;
             let activations = cache.get::<3>(point).expect("the pass came by the point");
             let harvested = real_rows(activations, batch, &positions, config.skip_positions);
             if !harvested.places.is_empty() && !sink(harvested) {

@@ -9,6 +9,8 @@ use std::str::FromStr;
 pub enum HookPoint {
     /// `hook_embed`: token embeddings.
     Embed,
+    /// `hook_pos_embed`: position embeddings, where they are learned.
+    PosEmbed,
     /// `blocks.{layer}.…`: a place inside a block.
     Block {
         /// Index of the block, from 0.
@@ -31,9 +33,9 @@ pub enum Site {
     Ln1Scale,
     /// `ln1.hook_normalized`: that norm before its gain.
     Ln1Normalized,
-    /// `attn.hook_q`: queries before the rotary.
+    /// `attn.hook_q`: queries before the rotary, behind their norm where they have one.
     Q,
-    /// `attn.hook_k`: keys before the rotary.
+    /// `attn.hook_k`: keys before the rotary, behind their norm where they have one.
     K,
     /// `attn.hook_v`: values.
     V,
@@ -41,15 +43,19 @@ pub enum Site {
     RotQ,
     /// `attn.hook_rot_k`: keys after the rotary.
     RotK,
-    /// `attn.hook_attn_scores`: scaled and masked, just before the softmax.
+    /// `attn.hook_attn_scores`: scaled, soft-capped and masked, just before the softmax.
     AttnScores,
     /// `attn.hook_pattern`: after the softmax.
     Pattern,
     /// `attn.hook_z`: the heads' weighted values.
     Z,
+    /// `ln1_post.hook_scale`: the divisor of a norm behind attention.
+    Ln1PostScale,
+    /// `ln1_post.hook_normalized`: that norm before its gain.
+    Ln1PostNormalized,
     /// `hook_attn_out`: what attention adds to the residual.
     AttnOut,
-    /// `hook_resid_mid`: the residual between attention and MLP.
+    /// `hook_resid_mid`: the residual between attention and MLP, where one follows the other.
     ResidMid,
     /// `ln2.hook_scale`: the divisor of the norm before the MLP.
     Ln2Scale,
@@ -61,6 +67,10 @@ pub enum Site {
     MlpPreLinear,
     /// `mlp.hook_post`: the MLP's hidden activation.
     MlpPost,
+    /// `ln2_post.hook_scale`: the divisor of a norm behind the MLP.
+    Ln2PostScale,
+    /// `ln2_post.hook_normalized`: that norm before its gain.
+    Ln2PostNormalized,
     /// `hook_mlp_out`: what the MLP adds to the residual.
     MlpOut,
     /// `hook_resid_post`: the residual as the block leaves it.
@@ -107,7 +117,7 @@ impl HookPoint {
     pub fn layer(self) -> Option<usize> {
         match self {
             Self::Block { layer, .. } => Some(layer),
-            Self::Embed | Self::LnFinalScale | Self::LnFinalNormalized => None,
+            Self::Embed | Self::PosEmbed | Self::LnFinalScale | Self::LnFinalNormalized => None,
         }
     }
 
@@ -115,7 +125,7 @@ impl HookPoint {
     pub fn axes(self) -> &'static [Axis] {
         use Axis::*;
         match self {
-            Self::Embed | Self::LnFinalNormalized => &[Batch, Pos, DModel],
+            Self::Embed | Self::PosEmbed | Self::LnFinalNormalized => &[Batch, Pos, DModel],
             Self::LnFinalScale => &[Batch, Pos, One],
             Self::Block { site, .. } => site.axes(),
         }
@@ -124,7 +134,7 @@ impl HookPoint {
 
 impl Site {
     /// All sites in execution order.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 24] = [
         Self::ResidPre,
         Self::Ln1Scale,
         Self::Ln1Normalized,
@@ -136,6 +146,8 @@ impl Site {
         Self::AttnScores,
         Self::Pattern,
         Self::Z,
+        Self::Ln1PostScale,
+        Self::Ln1PostNormalized,
         Self::AttnOut,
         Self::ResidMid,
         Self::Ln2Scale,
@@ -143,6 +155,8 @@ impl Site {
         Self::MlpPre,
         Self::MlpPreLinear,
         Self::MlpPost,
+        Self::Ln2PostScale,
+        Self::Ln2PostNormalized,
         Self::MlpOut,
         Self::ResidPost,
     ];
@@ -160,6 +174,8 @@ impl Site {
             Self::AttnScores => "attn.hook_attn_scores",
             Self::Pattern => "attn.hook_pattern",
             Self::Z => "attn.hook_z",
+            Self::Ln1PostScale => "ln1_post.hook_scale",
+            Self::Ln1PostNormalized => "ln1_post.hook_normalized",
             Self::AttnOut => "hook_attn_out",
             Self::ResidMid => "hook_resid_mid",
             Self::Ln2Scale => "ln2.hook_scale",
@@ -167,6 +183,8 @@ impl Site {
             Self::MlpPre => "mlp.hook_pre",
             Self::MlpPreLinear => "mlp.hook_pre_linear",
             Self::MlpPost => "mlp.hook_post",
+            Self::Ln2PostScale => "ln2_post.hook_scale",
+            Self::Ln2PostNormalized => "ln2_post.hook_normalized",
             Self::MlpOut => "hook_mlp_out",
             Self::ResidPost => "hook_resid_post",
         }
@@ -177,12 +195,16 @@ impl Site {
         match self {
             Self::ResidPre
             | Self::Ln1Normalized
+            | Self::Ln1PostNormalized
             | Self::AttnOut
             | Self::ResidMid
             | Self::Ln2Normalized
+            | Self::Ln2PostNormalized
             | Self::MlpOut
             | Self::ResidPost => &[Batch, Pos, DModel],
-            Self::Ln1Scale | Self::Ln2Scale => &[Batch, Pos, One],
+            Self::Ln1Scale | Self::Ln1PostScale | Self::Ln2Scale | Self::Ln2PostScale => {
+                &[Batch, Pos, One]
+            }
             Self::Q | Self::RotQ | Self::Z => &[Batch, Pos, Head, DHead],
             Self::K | Self::V | Self::RotK => &[Batch, Pos, KvHead, DHead],
             Self::AttnScores | Self::Pattern => &[Batch, Head, Query, Key],
@@ -195,6 +217,7 @@ impl fmt::Display for HookPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Embed => write!(f, "hook_embed"),
+            Self::PosEmbed => write!(f, "hook_pos_embed"),
             Self::Block { layer, site } => write!(f, "blocks.{layer}.{}", site.name()),
             Self::LnFinalScale => write!(f, "ln_final.hook_scale"),
             Self::LnFinalNormalized => write!(f, "ln_final.hook_normalized"),
@@ -220,6 +243,7 @@ impl FromStr for HookPoint {
         let unknown = || UnknownHookPoint { name: name.to_owned() };
         match name {
             "hook_embed" => return Ok(Self::Embed),
+            "hook_pos_embed" => return Ok(Self::PosEmbed),
             "ln_final.hook_scale" => return Ok(Self::LnFinalScale),
             "ln_final.hook_normalized" => return Ok(Self::LnFinalNormalized),
             _ => {}
@@ -241,7 +265,12 @@ mod tests {
     #[test]
     fn names_round_trip() {
         let blocks = Site::ALL.map(|site| HookPoint::Block { layer: 11, site });
-        let others = [HookPoint::Embed, HookPoint::LnFinalScale, HookPoint::LnFinalNormalized];
+        let others = [
+            HookPoint::Embed,
+            HookPoint::PosEmbed,
+            HookPoint::LnFinalScale,
+            HookPoint::LnFinalNormalized,
+        ];
         for point in blocks.into_iter().chain(others) {
             assert_eq!(point.to_string().parse(), Ok(point));
         }

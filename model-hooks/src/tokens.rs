@@ -3,12 +3,14 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::config::ModelConfig;
+use crate::positions::Positions;
 
 /// Rows of token ids, padded on the left to one length.
 #[derive(Debug, Clone)]
 pub struct TokenBatch {
     ids: Tensor<2, Int>,
-    padding: Vec<usize>,
+    /// Columns at which the conversations of each row begin.
+    starts: Vec<Vec<usize>>,
 }
 
 /// Why token ids cannot be run through a model.
@@ -66,9 +68,23 @@ impl TokenBatch {
         config: &ModelConfig,
         device: &Device,
     ) -> Result<Self, TokenError> {
-        let rows: Vec<&[u32]> = rows.iter().map(AsRef::as_ref).collect();
-        let n = rows.iter().map(|row| row.len()).max().ok_or(TokenError::EmptyBatch)?;
-        for (row, ids) in rows.iter().enumerate() {
+        let rows: Vec<[&[u32]; 1]> = rows.iter().map(|row| [row.as_ref()]).collect();
+        Self::packed(&rows, n_before, config, device)
+    }
+
+    /// Rows of several texts each, one after the other; they will not see each other.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); the texts are numbered through all rows.
+    pub(crate) fn packed<'a>(
+        rows: &[impl AsRef<[&'a [u32]]>],
+        n_before: usize,
+        config: &ModelConfig,
+        device: &Device,
+    ) -> Result<Self, TokenError> {
+        let length = |row: &[&[u32]]| row.iter().map(|text| text.len()).sum::<usize>();
+        let n = rows.iter().map(|row| length(row.as_ref())).max().ok_or(TokenError::EmptyBatch)?;
+        for (row, ids) in rows.iter().flat_map(|row| row.as_ref()).enumerate() {
             let actual = n_before + ids.len();
             if ids.is_empty() {
                 return Err(TokenError::EmptyPrompt { row });
@@ -81,17 +97,21 @@ impl TokenBatch {
                 return Err(TokenError::UnknownId { row, id, expected });
             }
         }
-        let padding: Vec<usize> = rows.iter().map(|row| n - row.len()).collect();
-        // Padding takes id 0: any embedding does, since nothing attends to it.
-        let ids: Vec<i64> = rows
-            .iter()
-            .zip(&padding)
-            .flat_map(|(row, &padding)| {
-                std::iter::repeat_n(0, padding).chain(row.iter().map(|&id| i64::from(id)))
-            })
-            .collect();
+        let (mut ids, mut starts) = (Vec::with_capacity(rows.len() * n), Vec::new());
+        for row in rows {
+            let row = row.as_ref();
+            // Padding takes id 0: any embedding does, since nothing attends to it.
+            let mut end = n - length(row);
+            ids.extend(std::iter::repeat_n(0, end));
+            ids.extend(row.iter().copied().flatten().map(|&id| i64::from(id)));
+            starts.push(Vec::with_capacity(row.len()));
+            for text in row {
+                starts.last_mut().expect("just pushed").push(end);
+                end += text.len();
+            }
+        }
         let ids = Tensor::from_data(TensorData::new(ids, [rows.len(), n]), device);
-        Ok(Self { ids, padding })
+        Ok(Self { ids, starts })
     }
 
     /// Rows and columns.
@@ -99,9 +119,13 @@ impl TokenBatch {
         self.ids.dims()
     }
 
-    /// Padding columns at the start of each row.
-    pub fn padding(&self) -> &[usize] {
-        &self.padding
+    /// Where the tokens stand, in a pass behind a prefix of `n_prefix` tokens.
+    pub fn positions(&self, n_prefix: usize) -> Positions {
+        Positions::packed(n_prefix, 0, self.dims()[1], self.starts.clone())
+    }
+
+    pub(crate) fn starts(&self) -> &[Vec<usize>] {
+        &self.starts
     }
 
     pub(crate) fn ids(&self) -> Tensor<2, Int> {

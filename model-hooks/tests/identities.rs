@@ -1,18 +1,48 @@
 //! What must hold of any model: hooks that change nothing, caches, batches, gradients, errors.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use goldens::assert_close;
 use model_hooks::{
-    Activation, ActivationCache, Edits, ForwardError, GenerateConfig, HarvestConfig, Hook,
-    HookError, HookPoint, LanguageModel, Positions, Probe, SharedPrefix, Site, TokenBatch,
-    TokenError, load,
+    Activation, ActivationCache, Axis, Edits, ForwardError, GenerateConfig, HarvestConfig, Hook,
+    HookError, HookPoint, KvCache, LanguageModel, NewToken, Positions, Probe, RandomSampling,
+    RewardHead, RewardModel, Sampling, SharedPrefix, Site, TokenBatch, TokenError, load,
+    unobserved,
 };
 
 const ROWS: [&[u32]; 3] = [&[5, 9, 40, 77, 12, 8, 101], &[44, 3, 90], &[7, 7, 19, 23, 60]];
 
 fn model() -> LanguageModel {
-    let mut checkpoint = load::open(&goldens::own("models/llama_gqa_theta_tied")).unwrap();
+    named("llama_gqa_theta_tied")
+}
+
+fn named(name: &str) -> LanguageModel {
+    let mut checkpoint = load::open(&goldens::own("models").join(name)).unwrap();
     LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &Device::flex()).unwrap()
+}
+
+/// A model of every architecture, and of every way to wire one.
+fn models() -> impl Iterator<Item = (&'static str, LanguageModel)> {
+    [
+        "gpt2",
+        "gptj",
+        "gpt_neox",
+        "gpt_neox_sequential",
+        "opt",
+        "llama_gqa_theta_tied",
+        "llama_rope_yarn",
+        "mistral_sliding",
+        "qwen2_sliding",
+        "qwen3",
+        "phi3",
+        "phi3_partial_longrope_long",
+        "gemma2",
+        "gemma3",
+        "olmo2",
+    ]
+    .into_iter()
+    .map(|name| (name, named(name)))
 }
 
 fn batch(model: &LanguageModel, rows: &[impl AsRef<[u32]>]) -> TokenBatch {
@@ -25,23 +55,19 @@ fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 #[test]
 fn capturing_everything_changes_nothing_and_shapes_are_the_axes() {
-    let model = model();
-    let tokens = batch(&model, &ROWS);
-    let plain = floats(model.logits(&tokens, &mut ()).unwrap());
-    let points = model.hook_points();
-    let mut cache = ActivationCache::new(points.iter().copied());
-    let captured = floats(model.logits(&tokens, &mut cache).unwrap());
-    assert_close("logits", &captured, &plain, 5e-5);
+    for (name, model) in models() {
+        let tokens = batch(&model, &ROWS);
+        let plain = floats(model.logits(&tokens, &mut ()).unwrap());
+        let points = model.hook_points();
+        let mut cache = ActivationCache::new(points.iter().copied());
+        let captured = floats(model.logits(&tokens, &mut cache).unwrap());
+        assert_close(name, &captured, &plain, 5e-5);
 
-    let config = model.config();
-    let [batch, pos] = tokens.dims();
-    let mut seen = Vec::new();
-    for (point, activation) in cache.iter() {
-        use model_hooks::Axis;
-        let expected: Vec<usize> = point
-            .axes()
-            .iter()
-            .map(|axis| match axis {
+        let config = model.config();
+        let [batch, pos] = tokens.dims();
+        let mut n_seen = 0;
+        for (point, activation) in cache.iter() {
+            let length = |axis: &Axis| match axis {
                 Axis::Batch => batch,
                 Axis::Pos | Axis::Query | Axis::Key => pos,
                 Axis::Head => config.attention.n_heads,
@@ -50,12 +76,29 @@ fn capturing_everything_changes_nothing_and_shapes_are_the_axes() {
                 Axis::DMlp => config.mlp.d_mlp,
                 Axis::DHead => config.attention.d_head,
                 Axis::One => 1,
-            })
-            .collect();
-        assert_eq!(activation.shape(), expected, "{point}");
-        seen.push(point);
+            };
+            let expected: Vec<usize> = point.axes().iter().map(length).collect();
+            assert_eq!(activation.shape(), expected, "{name}: {point}");
+            n_seen += 1;
+        }
+        assert_eq!(n_seen, points.len());
     }
-    assert_eq!(seen.len(), points.len());
+}
+
+#[test]
+fn a_capture_runs_no_further_than_it_must() {
+    let model = model();
+    let tokens = batch(&model, &ROWS);
+    let whole = model.capture(&tokens, model.hook_points()).unwrap();
+    for point in model.hook_points() {
+        let alone = model.capture(&tokens, [point]).unwrap();
+        let [(_, alone)] = alone.iter().collect::<Vec<_>>()[..] else { panic!("one point") };
+        let (_, together) = whole.iter().find(|(other, _)| *other == point).unwrap();
+        assert_eq!(alone.shape(), together.shape(), "{point}");
+    }
+    let far = HookPoint::resid_post(7);
+    let error = model.capture(&tokens, [far]).unwrap_err();
+    assert!(matches!(error, ForwardError::Hook(HookError::NoSuchPoint { .. })));
 }
 
 /// Notes the points it sees.
@@ -75,102 +118,220 @@ impl Hook for Order {
 
 #[test]
 fn points_come_in_the_order_that_the_model_says() {
-    let model = model();
-    let mut order = Order::default();
-    model.logits(&batch(&model, &ROWS), &mut order).unwrap();
-    assert_eq!(order.0, model.hook_points());
+    for (name, model) in models() {
+        let mut order = Order::default();
+        model.logits(&batch(&model, &ROWS), &mut order).unwrap();
+        assert_eq!(order.0, model.hook_points(), "{name}");
+    }
 }
 
 #[test]
 fn an_edit_that_gives_back_the_value_changes_nothing_and_any_other_does() {
-    let model = model();
-    let tokens = batch(&model, &ROWS);
-    let plain = floats(model.logits(&tokens, &mut ()).unwrap());
-    for point in model.hook_points() {
-        let mut same = Edits::new();
-        same.push(point, Box::new(|_: HookPoint, x: Activation, _: &Positions| x));
-        let edited = floats(model.logits(&tokens, &mut same).unwrap());
-        assert_close(&point.to_string(), &edited, &plain, 5e-5);
+    for (name, model) in models() {
+        let tokens = batch(&model, &ROWS);
+        let plain = floats(model.logits(&tokens, &mut ()).unwrap());
+        for point in model.hook_points() {
+            let mut same = Edits::new();
+            same.push(point, Box::new(|_: HookPoint, x: Activation, _: &Positions| x));
+            let edited = floats(model.logits(&tokens, &mut same).unwrap());
+            assert_close(&format!("{name}: {point}"), &edited, &plain, 5e-5);
 
-        let mut moved = Edits::new();
-        moved.push(point, Box::new(other));
-        let edited = floats(model.logits(&tokens, &mut moved).unwrap());
-        let differs = edited.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1e-3);
-        assert!(differs, "an edit at {point} does nothing");
+            let mut moved = Edits::new();
+            moved.push(point, Box::new(other));
+            let edited = floats(model.logits(&tokens, &mut moved).unwrap());
+            let differs = edited.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1e-3);
+            assert!(differs, "{name}: an edit at {point} does nothing");
+        }
     }
 }
 
-/// Another value. Norms undo a factor, the softmax a summand.
+/// Another value. Norms undo a factor and may undo a summand, the softmax a summand.
 fn other(_: HookPoint, x: Activation, _: &Positions) -> Activation {
     match x {
-        Activation::Rank3(x) => Activation::Rank3(x + 0.7),
-        Activation::Rank4(x) => Activation::Rank4(x * 0.5),
+        Activation::Rank3(x) => Activation::Rank3(x.clone().square() * 0.3 + x + 0.7),
+        Activation::Rank4(x) => Activation::Rank4(x.clone().tanh() + x * 0.5),
     }
 }
 
 #[test]
 fn batched_is_alone() {
-    let model = model();
-    let together = model.last_logits(&batch(&model, &ROWS), &mut ()).unwrap();
-    for (row, ids) in ROWS.iter().enumerate() {
-        let alone = model.last_logits(&batch(&model, &[ids]), &mut ()).unwrap();
-        let row = floats(together.clone().narrow(0, row, 1));
-        assert_close("row", &row, &floats(alone), 1e-5);
+    for (name, model) in models() {
+        let together = model.last_logits(&batch(&model, &ROWS), &mut ()).unwrap();
+        for (row, ids) in ROWS.iter().enumerate() {
+            let alone = model.last_logits(&batch(&model, &[ids]), &mut ()).unwrap();
+            let row = floats(together.clone().narrow(0, row, 1));
+            assert_close(name, &row, &floats(alone), 2e-5);
+        }
     }
 }
 
 #[test]
 fn steps_and_shared_prefixes_are_one_pass() {
-    let model = model();
-    let ids = ROWS[0];
-    let whole = floats(model.last_logits(&batch(&model, &[ids]), &mut ()).unwrap());
-    for n_prefix in 0..ids.len() {
-        let prefix = match n_prefix {
-            0 => SharedPrefix::default(),
-            n => model.prefix(&ids[..n], &mut ()).unwrap(),
-        };
-        // The rest token by token, in two rows, the second with two columns of padding.
-        let n_layers = model.config().n_layers;
-        let mut cache = model.cache(prefix, vec![0]);
-        let mut last = None;
-        for id in &ids[n_prefix..] {
-            let tokens = batch(&model, &[[*id]]);
-            let positions = cache.next_positions(1);
-            let residual = model.embed(&tokens, &positions, &mut ());
-            let residual = model.blocks(residual, 0..n_layers, &mut cache, &mut ()).unwrap();
-            last = Some(model.unembed_last(residual, &positions, &mut ()));
+    for (name, model) in models() {
+        let ids = ROWS[0];
+        let whole = floats(model.last_logits(&batch(&model, &[ids]), &mut ()).unwrap());
+        for n_prefix in 0..ids.len() {
+            let prefix = match n_prefix {
+                0 => SharedPrefix::default(),
+                n => model.prefix(&ids[..n], &mut ()).unwrap(),
+            };
+            // The rest token by token.
+            let n_layers = model.config().n_layers;
+            let mut cache = model.cache(prefix, &batch(&model, &[&ids[n_prefix..]]));
+            let mut last = None;
+            for id in &ids[n_prefix..] {
+                let tokens = batch(&model, &[[*id]]);
+                let positions = cache.next_positions(1);
+                let residual = model.embed(&tokens, &positions, &mut ());
+                let residual = model.blocks(residual, 0..n_layers, &mut cache, &mut ()).unwrap();
+                last = Some(model.unembed_last(residual, &positions, &mut ()));
+            }
+            assert_close(name, &floats(last.unwrap()), &whole, 2e-5);
         }
-        assert_close("logits", &floats(last.unwrap()), &whole, 1e-5);
     }
+}
+
+/// Greedy ids after each row, every token by a pass over the whole conversation.
+fn uncached(model: &LanguageModel, rows: &[Vec<u32>], config: &GenerateConfig) -> Vec<Vec<u32>> {
+    let row = |row: &Vec<u32>| {
+        let mut ids = row.clone();
+        while ids.len() < row.len() + config.max_new_tokens {
+            let logits = floats(model.last_logits(&batch(model, &[&ids]), &mut ()).unwrap());
+            let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+            ids.push(best.unwrap().0 as u32);
+            if config.stop_ids.contains(ids.last().unwrap()) {
+                break;
+            }
+        }
+        ids[row.len()..].to_vec()
+    };
+    rows.iter().map(row).collect()
 }
 
 #[test]
 fn generation_is_uncached_generation_whatever_the_batch_and_the_prefix() {
-    let model = model();
-    let shared = [11, 60, 2];
-    let config = GenerateConfig { max_new_tokens: 9, min_new_tokens: 0, stop_ids: vec![93, 6] };
-    let uncached: Vec<Vec<u32>> = ROWS
-        .iter()
-        .map(|row| {
-            let mut ids = [&shared, *row].concat();
-            let n = ids.len();
-            while ids.len() < n + config.max_new_tokens {
-                let logits = floats(model.last_logits(&batch(&model, &[&ids]), &mut ()).unwrap());
-                let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-                ids.push(best.unwrap().0 as u32);
-                if config.stop_ids.contains(ids.last().unwrap()) {
-                    break;
-                }
-            }
-            ids[n..].to_vec()
-        })
-        .collect();
-    let prefix = model.prefix(&shared, &mut ()).unwrap();
-    let behind = model.generate(&ROWS, &prefix, &config, &mut (), |_| ()).unwrap();
-    assert_eq!(behind, uncached);
+    for (name, model) in models() {
+        let shared = [11, 60, 2];
+        let config = GenerateConfig::greedy(9, vec![93, 6]);
+        let joined: Vec<Vec<u32>> = ROWS.iter().map(|row| [&shared, *row].concat()).collect();
+        let expected = uncached(&model, &joined, &config);
+        let prefix = model.prefix(&shared, &mut ()).unwrap();
+        let behind = model.generate(&ROWS, &prefix, &config, &mut (), unobserved).unwrap();
+        assert_eq!(behind, expected, "{name}");
+        let none = SharedPrefix::default();
+        let alone = model.generate(&joined, &none, &config, &mut (), unobserved).unwrap();
+        assert_eq!(alone, expected, "{name}");
+    }
+}
+
+/// Every row by itself switches to LongRoPE's long factors where it grows past 20 tokens, shared
+/// prefix or not, and what was cached is run again.
+#[test]
+fn longrope_switches_where_each_conversation_grows_too_long() {
+    let model = named("phi3_partial_longrope_switch");
+    let config = GenerateConfig::greedy(16, vec![]);
+    let shared: Vec<u32> = (30..40).collect();
     let joined: Vec<Vec<u32>> = ROWS.iter().map(|row| [&shared, *row].concat()).collect();
+    let expected = uncached(&model, &joined, &config);
+    let prefix = model.prefix(&shared, &mut ()).unwrap();
+    let behind = model.generate(&ROWS, &prefix, &config, &mut (), unobserved).unwrap();
+    assert_eq!(behind, expected);
+
+    // Step by step, the switch is an error: the caller has what must be run again.
+    let mut cache = model.cache(prefix, &batch(&model, &ROWS[..1]));
+    let run = |ids: &[u32], cache: &mut KvCache| {
+        let tokens = batch(&model, &[ids]);
+        let residual = model.embed(&tokens, &cache.next_positions(ids.len()), &mut ());
+        model.blocks(residual, 0..3, cache, &mut ()).map(drop)
+    };
+    run(&[1; 10], &mut cache).unwrap();
+    assert_eq!(run(&[1], &mut cache), Err(ForwardError::RopeSwitch { length: 20 }));
+}
+
+#[test]
+fn draws_of_a_row_depend_on_no_other_row() {
+    let model = model();
+    let random = RandomSampling { top_p: Some(0.95), ..RandomSampling::new(1.2, 5) };
+    let config =
+        GenerateConfig { sampling: Sampling::Random(random), ..GenerateConfig::greedy(8, vec![]) };
     let none = SharedPrefix::default();
-    assert_eq!(model.generate(&joined, &none, &config, &mut (), |_| ()).unwrap(), uncached);
+    let run = |rows: &[&[u32]], end: usize| {
+        let observe = |new: NewToken<'_>| match new.row == 0 && new.answer.len() == end {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        model.generate(rows, &none, &config, &mut (), observe).unwrap()
+    };
+    let whole = run(&ROWS, 8);
+    assert_eq!(run(&ROWS, 8), whole);
+    // A row that ends early, or is longer, leaves the draws of the others alone.
+    let cut = run(&ROWS, 3);
+    assert_eq!((&cut[0][..], &cut[1..]), (&whole[0][..3], &whole[1..]));
+    assert_eq!(run(&[&[9; 12], ROWS[1], ROWS[2]], 8)[1..], whole[1..]);
+    let greedy =
+        model.generate(&ROWS, &none, &GenerateConfig::greedy(8, vec![]), &mut (), unobserved);
+    assert_ne!(greedy.unwrap(), whole);
+}
+
+#[test]
+fn direct_logits_of_the_components_add_up_to_the_logits() {
+    for (name, model) in models() {
+        let tokens = batch(&model, &ROWS[..1]);
+        let n_layers = model.config().n_layers;
+        let point = |layer, site| HookPoint::Block { layer, site };
+        let added = (0..n_layers)
+            .flat_map(|layer| [point(layer, Site::AttnOut), point(layer, Site::MlpOut)])
+            .chain([point(0, Site::ResidPre)]);
+        let end = HookPoint::resid_post(n_layers - 1);
+        let cache = model.capture(&tokens, added.clone().chain([end])).unwrap();
+        let residual = cache.get::<3>(end).unwrap();
+        let share = |x| floats(model.direct_logits(x, residual.clone(), &[5, 77]).unwrap());
+        let whole = share(residual.clone());
+        let mut sum = vec![0.0; whole.len()];
+        for point in added {
+            let shares = share(cache.get::<3>(point).unwrap());
+            sum.iter_mut().zip(shares).for_each(|(sum, share)| *sum += share);
+        }
+        assert_close(name, &sum, &whole, 1e-4);
+        // Where nothing is added after the product, they are the logits.
+        if name.starts_with("llama") {
+            let logits = model.logits(&tokens, &mut ()).unwrap();
+            let ids = Tensor::from_data([5, 77], model.device());
+            assert_close(name, &whole, &floats(logits.select(2, ids)), 1e-4);
+        }
+    }
+    let error = model()
+        .direct_logits(
+            Tensor::zeros([1, 1, 48], &Device::flex()),
+            Tensor::ones([1, 1, 48], &Device::flex()),
+            &[131],
+        )
+        .map(drop)
+        .unwrap_err();
+    assert!(matches!(error, ForwardError::Tokens(TokenError::UnknownId { id: 131, .. })));
+}
+
+#[test]
+fn a_head_on_any_model_reads_the_last_token_of_each_row() {
+    for (name, model) in models() {
+        let d_model = model.config().d_model;
+        let weight = (0..2 * d_model).map(|i| (i as f32).sin()).collect::<Vec<_>>();
+        let weight = Tensor::from_data(TensorData::new(weight, [2, d_model]), model.device());
+        let reward = RewardModel::new(model, RewardHead::new(weight.clone()));
+        let together = reward.scores(&batch(reward.body(), &ROWS), &mut ()).unwrap();
+        assert_eq!(together.dims(), [3, 2]);
+        for (row, ids) in ROWS.iter().enumerate() {
+            let tokens = batch(reward.body(), &[ids]);
+            let alone = reward.scores(&tokens, &mut ()).unwrap();
+            let row = floats(together.clone().narrow(0, row, 1));
+            assert_close(name, &row, &floats(alone), 2e-5);
+        }
+    }
+    let mut checkpoint = load::open(&goldens::own("models/llama_seqcls_reward")).unwrap();
+    let model =
+        RewardModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &Device::flex()).unwrap();
+    let error = model.body().logits(&batch(model.body(), &ROWS), &mut ()).map(drop);
+    assert_eq!(error, Err(ForwardError::NoUnembedding));
 }
 
 #[test]
@@ -191,9 +352,9 @@ fn hooks_see_absolute_positions_in_prefix_prefill_and_steps() {
     }
     let model = model();
     let prefix = model.prefix(&[1, 2, 3, 4], &mut ()).unwrap();
-    let config = GenerateConfig { max_new_tokens: 3, min_new_tokens: 0, stop_ids: vec![] };
+    let config = GenerateConfig::greedy(3, vec![]);
     let mut seen = Seen::default();
-    model.generate(&ROWS, &prefix, &config, &mut seen, |_| ()).unwrap();
+    model.generate(&ROWS, &prefix, &config, &mut seen, unobserved).unwrap();
     for (row, ids) in ROWS.iter().enumerate() {
         let expected: Vec<usize> = (4..4 + ids.len() + 2).collect();
         assert_eq!(seen.0[row], expected);
@@ -232,32 +393,42 @@ fn harvest_gives_each_token_once_and_as_a_pass_alone_would() {
 
 #[test]
 fn gradients_agree_with_finite_differences() {
-    let model = model();
-    let tokens = batch(&model, &ROWS[..1]);
-    let metric = |logits: Tensor<2>| logits.narrow(1, 17, 1).sum();
-    for site in [Site::ResidPre, Site::Z, Site::MlpPost, Site::Pattern, Site::Ln2Scale] {
-        let point = HookPoint::Block { layer: 1, site };
-        let mut probe = Probe::new([point]);
+    for (name, model) in models() {
+        let tokens = batch(&model, &ROWS[..1]);
+        let metric = |logits: Tensor<2>| logits.narrow(1, 17, 1).sum();
+        let sites = model.hook_points().into_iter().filter(|point| point.layer() == Some(1));
+        let probed: Vec<HookPoint> = sites.chain([HookPoint::Embed]).collect();
+        // One backward pass for all of them.
+        let mut probe = Probe::new(probed.iter().copied());
         let grads = metric(model.last_logits(&tokens, &mut probe).unwrap()).backward();
-        // Along a fixed direction, with steps that f32 resolves.
-        let (slope, direction) = match point.axes().len() {
-            3 => along(probe.gradient::<3>(point, &grads).unwrap()),
-            _ => along(probe.gradient::<4>(point, &grads).unwrap()),
-        };
-        let shifted = |step: f32| {
-            let direction = direction.clone();
-            let mut edits = Edits::new();
-            let shift = move |_: HookPoint, x: Activation, _: &Positions| match x {
-                Activation::Rank3(x) => Activation::Rank3(x.clone() + like(&direction, x) * step),
-                Activation::Rank4(x) => Activation::Rank4(x.clone() + like(&direction, x) * step),
+        for point in probed {
+            // Along a fixed direction, with steps that f32 resolves.
+            let (slope, direction) = match point.axes().len() {
+                3 => along(probe.gradient::<3>(point, &grads).unwrap()),
+                _ => along(probe.gradient::<4>(point, &grads).unwrap()),
             };
-            edits.push(point, Box::new(shift));
-            metric(model.last_logits(&tokens, &mut edits).unwrap()).into_scalar::<f32>()
-        };
-        let step = 2e-2;
-        let difference = (shifted(step) - shifted(-step)) / (2.0 * step);
-        let scale = slope.abs().max(0.05);
-        assert!((difference - slope).abs() < 0.03 * scale, "{point}: {difference} and {slope}");
+            let shifted = |step: f32| {
+                let direction = direction.clone();
+                let mut edits = Edits::new();
+                let shift = move |_: HookPoint, x: Activation, _: &Positions| match x {
+                    Activation::Rank3(x) => {
+                        Activation::Rank3(x.clone() + like(&direction, x) * step)
+                    }
+                    Activation::Rank4(x) => {
+                        Activation::Rank4(x.clone() + like(&direction, x) * step)
+                    }
+                };
+                edits.push(point, Box::new(shift));
+                metric(model.last_logits(&tokens, &mut edits).unwrap()).into_scalar::<f32>()
+            };
+            let difference = |step: f32| (shifted(step) - shifted(-step)) / (2.0 * step);
+            // Richardson's extrapolation: the error of the third order falls out.
+            let step = 2e-2;
+            let difference = (4.0 * difference(step / 2.0) - difference(step)) / 3.0;
+            let scale = slope.abs().max(0.05);
+            let close = (difference - slope).abs() < 0.02 * scale;
+            assert!(close, "{name}, {point}: {difference} and {slope}");
+        }
     }
 }
 
@@ -300,12 +471,12 @@ fn what_cannot_be_done_is_a_typed_error() {
     let error = model.run_until(&tokens, 2, &mut ActivationCache::new([point])).unwrap_err();
     assert_eq!(error, ForwardError::Hook(HookError::NeverFired { point }));
 
-    let config = GenerateConfig { max_new_tokens: 62, min_new_tokens: 0, stop_ids: vec![] };
+    let config = GenerateConfig::greedy(62, vec![]);
     let none = SharedPrefix::default();
-    let error = model.generate(&ROWS[1..2], &none, &config, &mut (), |_| ()).map(drop);
+    let error = model.generate(&ROWS[1..2], &none, &config, &mut (), unobserved).map(drop);
     assert_eq!(error, Ok(()));
     let config = GenerateConfig { max_new_tokens: 63, ..config };
-    let error = model.generate(&ROWS[1..2], &none, &config, &mut (), |_| ()).unwrap_err();
+    let error = model.generate(&ROWS[1..2], &none, &config, &mut (), unobserved).unwrap_err();
     let too_long = TokenError::TooLong { row: 0, expected: 64, actual: 65 };
     assert_eq!(error, ForwardError::Tokens(too_long));
 }

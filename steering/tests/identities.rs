@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use goldens::assert_close;
 use model_hooks::{
     ActivationCache, ForwardError, GenerateConfig, Hook, HookError, HookPoint, LanguageModel,
-    SharedPrefix, Site, TokenBatch, load,
+    SharedPrefix, Site, TokenBatch, load, unobserved,
 };
 use sae_core::{Activation, Sae, SaeConfig, SaeWeights};
 use steering::{
@@ -104,11 +104,11 @@ fn nothing_of_an_ablated_direction_is_left() {
 #[test]
 fn cached_steps_and_batches_are_steered_like_one_pass() {
     let (model, sae) = (model(), sae());
-    let config = GenerateConfig { max_new_tokens: 6, min_new_tokens: 0, stop_ids: vec![] };
+    let config = GenerateConfig::greedy(6, vec![]);
     for from_position in [0, 1, 4, 8] {
         let steering = || clamp(&sae, vec![(3, 4.0), (80, 6.0)], from_position);
         let none = SharedPrefix::default();
-        let together = model.generate(&ROWS, &none, &config, &mut steering(), |_| ()).unwrap();
+        let together = model.generate(&ROWS, &none, &config, &mut steering(), unobserved).unwrap();
         for (row, ids) in ROWS.iter().enumerate() {
             let mut whole = ids.to_vec();
             for _ in 0..config.max_new_tokens {

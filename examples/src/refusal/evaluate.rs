@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use burn::tensor::Tensor;
-use model_hooks::{GenerateConfig, Hook, HookPoint, SharedPrefix};
+use model_hooks::{GenerateConfig, Hook, HookPoint, SharedPrefix, unobserved};
 use steering::{Intervention, Judge, Outcome, PhraseJudge, Rate, Steering, norm, random_direction};
 
 use super::chats::{Chats, common_prefix};
@@ -39,8 +39,7 @@ impl<'a> Generator<'a> {
         shots: &'a [Turn],
         max_new_tokens: usize,
     ) -> Self {
-        let config =
-            GenerateConfig { max_new_tokens, min_new_tokens: 0, stop_ids: chats.stop_ids.clone() };
+        let config = GenerateConfig::greedy(max_new_tokens, chats.stop_ids.clone());
         Self { loaded, chats, shots, config }
     }
 
@@ -75,7 +74,7 @@ impl<'a> Generator<'a> {
             let generated = self
                 .loaded
                 .model
-                .generate(&own, &prefix, &self.config, hook, |_| ())
+                .generate(&own, &prefix, &self.config, hook, unobserved)
                 .during("generating answers")?;
             for (&row, ids) in batch.iter().zip(&generated) {
                 answers[row] = self.chats.text(ids)?;

@@ -382,14 +382,13 @@ impl<'a> Trial<'a> {
     }
 
     fn positions(&self) -> Positions {
-        Positions::new(0, 0, self.tokens.dims()[1], self.tokens.padding().to_vec())
+        self.tokens.positions(0)
     }
 
     /// Logits where the answers begin, from a residual after the autoencoder's block.
     fn logits(&self, residual: Tensor<3>) -> Result<Tensor<2>> {
         let model = &self.search.loaded.model;
-        let padding = self.tokens.padding().to_vec();
-        let mut cache = model.cache(SharedPrefix::default(), padding);
+        let mut cache = model.cache(SharedPrefix::default(), &self.tokens);
         let layers = self.layer + 1..model.config().n_layers;
         let end = model.blocks(residual, layers, &mut cache, &mut ()).during("trying a clamp")?;
         Ok(model.unembed_last(end, &self.positions(), &mut ()))

@@ -3,9 +3,9 @@
 
 use rayon::prelude::*;
 
-use super::simd::{add_scaled, add_scaled_4, dot, exp, max, multiversion, sum};
+use super::simd::{add_scaled, add_scaled_4, dot, exp, max, multiversion, sum, tanh};
 use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
-use crate::ops::dims;
+use crate::ops::{AttentionConfig, dims};
 
 /// From so many queries on, packing the keys pays: a decoding step has fewer.
 const PACK_FROM: usize = 16;
@@ -38,11 +38,11 @@ pub(super) fn attention(
     (prefix_k, prefix_v): (Float, Float),
     (k, v): (Float, Float),
     first_column: Int,
-    scale: f64,
+    config: &AttentionConfig,
 ) -> Float {
     let shape @ [batch, n, n_heads, d_head]: [usize; 4] = dims(&q);
     let (own_shape, prefix_shape) = (dims(&k), dims(&prefix_k));
-    let ([_, own, n_kv_heads, _], [_, prefix, _, _]) = (own_shape, prefix_shape);
+    let [_, own, n_kv_heads, _] = own_shape;
     let group = n_heads / n_kv_heads;
     let first_column = packed_ints(first_column);
     let first_column = ints(&first_column);
@@ -65,8 +65,7 @@ pub(super) fn attention(
                 values: std::array::from_fn(|i| {
                     Vectors::new(values[i], parts[i].0, parts[i].1, kv_head)
                 }),
-                first: first_column[row].max(0) as usize,
-                scale: scale as f32,
+                config,
             };
             // Query row `i · group + g` is query `i` of head `kv_head · group + g`.
             let queries = |r: usize| {
@@ -74,10 +73,15 @@ pub(super) fn attention(
                 let from = ((row * n + i) * n_heads + kv_head * group + g) * d_head;
                 &q[from..][..d_head]
             };
-            let visible = |r: usize| prefix + own - n + r / group + 1;
+            let first_column = &first_column[row * n..][..n];
+            let rows: Vec<Query<'_>> = (0..n * group)
+                .map(|r| Query {
+                    vector: queries(r),
+                    column: own - n + r / group,
+                    first: first_column[r / group].max(0) as usize,
+                })
+                .collect();
             let mut z = vec![0f32; n * group * d_head];
-            let rows: Vec<(&[f32], usize)> =
-                (0..n * group).map(|r| (queries(r), visible(r))).collect();
             head.attend(&rows, &mut z);
             z
         })
@@ -94,34 +98,57 @@ pub(super) fn attention(
     new_floats(out, shape)
 }
 
+/// A query, its own column, and the first own column that it may see.
+struct Query<'a> {
+    vector: &'a [f32],
+    column: usize,
+    first: usize,
+}
+
 /// The keys and values one task works on; index 0 is the shared prefix, 1 the row's own part.
 struct Head<'a> {
     keys: [Vectors<'a>; 2],
     values: [Vectors<'a>; 2],
-    /// First own column that is not padding.
-    first: usize,
-    scale: f32,
+    config: &'a AttentionConfig,
 }
 
 impl Head<'_> {
-    /// `rows` are the queries with the number of columns (prefix first) each may see.
-    fn attend(&self, rows: &[(&[f32], usize)], z: &mut [f32]) {
+    fn attend(&self, rows: &[Query<'_>], z: &mut [f32]) {
         let prefix = self.keys[0].n;
         let total = prefix + self.keys[1].n;
         let packed = (rows.len() >= PACK_FROM).then(|| self.pack_keys(total));
         let mut scores = vec![0f32; total];
-        for (&(query, seen), z) in rows.iter().zip(z.chunks_exact_mut(self.keys[1].d_head)) {
+        for (query, z) in rows.iter().zip(z.chunks_exact_mut(self.keys[1].d_head)) {
+            let seen = prefix + query.column + 1;
             let scores = &mut scores[..seen];
             match &packed {
-                Some(keys) => packed_scores(query, keys, total, scores),
-                None => plain_scores(query, &self.keys, scores),
+                Some(keys) => packed_scores(query.vector, keys, total, scores),
+                None => plain_scores(query.vector, &self.keys, scores),
             }
-            // Columns before the row's first are padding.
-            let first = (prefix + self.first).min(seen);
-            scores[prefix.min(first)..first].fill(f32::NEG_INFINITY);
-            softmax(scores, self.scale);
+            let (prefix_hidden, own_hidden) = self.hidden(query);
+            scores[..prefix_hidden].fill(f32::NEG_INFINITY);
+            scores[prefix..(prefix + own_hidden).min(seen)].fill(f32::NEG_INFINITY);
+            let scale = self.config.scale as f32;
+            match self.config.soft_cap {
+                Some(cap) => {
+                    squash(scores, scale, cap as f32);
+                    softmax(scores, 1.0);
+                }
+                None => softmax(scores, scale),
+            }
             weighted_sum(scores, &self.values, z);
         }
+    }
+
+    /// How many columns at the start of the prefix, and of the row's own part, the query does not
+    /// see: padding, another text, or out of its window.
+    fn hidden(&self, query: &Query<'_>) -> (usize, usize) {
+        let &Query { column, first, .. } = query;
+        let Some(window) = self.config.window else { return (0, first) };
+        let prefix = self.keys[0].n;
+        // Absolute, with the prefix directly before the first own column.
+        let lowest = (prefix + column + 1).saturating_sub(first + window);
+        (lowest.min(prefix), first.max((column + 1).saturating_sub(window)))
     }
 
     /// All keys as `[d_head, total]`.
@@ -157,6 +184,16 @@ multiversion! {
         let all = keys.iter().flat_map(|part| (0..part.n).map(|i| part.get(i)));
         for (score, key) in scores.iter_mut().zip(all) {
             *score = dot(query, key);
+        }
+    }
+}
+
+multiversion! {
+    /// `cap · tanh(scale · score / cap)`, but for scores of −∞.
+    fn squash(scores: &mut [f32], scale: f32, cap: f32) {
+        for score in scores.iter_mut() {
+            let squashed = cap * tanh(*score * scale / cap);
+            *score = if *score == f32::NEG_INFINITY { *score } else { squashed };
         }
     }
 }

@@ -3,6 +3,7 @@
 mod adam;
 mod attention;
 mod dense;
+mod nonlinear;
 mod rowwise;
 mod simd;
 mod sparse;
@@ -13,7 +14,7 @@ use burn::backend::ops::IntTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, IntDType, TensorData};
 
-use crate::ops::{AdamConfig, KernelOps};
+use crate::ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs};
 
 type Float = FloatTensor<Flex>;
 type Int = IntTensor<Flex>;
@@ -51,12 +52,20 @@ impl KernelOps for Flex {
         rowwise::rms_norm(x, gain, epsilon)
     }
 
-    fn silu_mul(gate: Float, up: Float) -> Float {
-        rowwise::silu_mul(gate, up)
+    fn layer_norm(x: Float, gain: Float, bias: Float, epsilon: f64) -> Float {
+        rowwise::layer_norm(x, gain, bias, epsilon)
     }
 
-    fn rotary(x: Float, cos: Float, sin: Float) -> Float {
-        rowwise::rotary(x, cos, sin)
+    fn nonlinear(x: Float, nonlinearity: Nonlinearity) -> Float {
+        nonlinear::nonlinear(x, nonlinearity)
+    }
+
+    fn gated(gate: Float, up: Float, nonlinearity: Nonlinearity) -> Float {
+        nonlinear::gated(gate, up, nonlinearity)
+    }
+
+    fn rotary(x: Float, cos: Float, sin: Float, pairs: RotaryPairs) -> Float {
+        rowwise::rotary(x, cos, sin, pairs)
     }
 
     fn attention(
@@ -66,9 +75,9 @@ impl KernelOps for Flex {
         k: Float,
         v: Float,
         first_column: Int,
-        scale: f64,
+        config: AttentionConfig,
     ) -> Float {
-        attention::attention(q, (prefix_k, prefix_v), (k, v), first_column, scale)
+        attention::attention(q, (prefix_k, prefix_v), (k, v), first_column, &config)
     }
 
     fn adam_step(

@@ -124,6 +124,25 @@ pub(super) fn exp(x: f32) -> f32 {
     p * f32::from_bits(power)
 }
 
+/// `tanh x`, to a few units in the last place of 1.
+#[inline(always)]
+pub(super) fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
+/// The error function to 1.5e-7 (Abramowitz & Stegun, 7.1.26).
+#[inline(always)]
+pub(super) fn erf(x: f32) -> f32 {
+    let a = x.abs();
+    let t = 1.0 / 0.327_591_1f32.mul_add(a, 1.0);
+    let p = 1.061_405_4f32;
+    let p = p.mul_add(t, -1.453_152);
+    let p = p.mul_add(t, 1.421_413_7);
+    let p = p.mul_add(t, -0.284_496_74);
+    let p = p.mul_add(t, 0.254_829_6);
+    (1.0 - p * t * exp(-a * a)).copysign(x)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

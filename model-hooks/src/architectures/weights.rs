@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::layers::Linear;
+use crate::layers::{Linear, Norm};
 use crate::load::{LoadError, TensorSource};
 
 /// A checkpoint from which each tensor is taken once.
@@ -34,6 +34,13 @@ impl<'a> Weights<'a> {
         Ok(Tensor::from_data(TensorData::new(values, shape), self.device))
     }
 
+    /// As [`take`](Self::take), of as many rows of this width as the file has.
+    pub(crate) fn take_rows(&mut self, name: &str, width: usize) -> Result<Tensor<2>, LoadError> {
+        let shape = self.tensors.tensor(name)?.shape;
+        let n = shape.first().copied().unwrap_or(1).max(1);
+        self.take(name, [n, width])
+    }
+
     /// A linear layer: the file's `{name}.weight` is `[d_out, d_in]`, ours `[d_in, d_out]`.
     pub(crate) fn linear(
         &mut self,
@@ -41,10 +48,62 @@ impl<'a> Weights<'a> {
         [d_in, d_out]: [usize; 2],
         bias: bool,
     ) -> Result<Linear, LoadError> {
-        let values = self.values(&format!("{name}.weight"), &[d_out, d_in])?;
-        let weight = TensorData::new(transposed(&values, d_out, d_in), [d_in, d_out]);
-        let bias = bias.then(|| self.take(&format!("{name}.bias"), [d_out])).transpose()?;
-        Ok(Linear { weight: Tensor::from_data(weight, self.device), bias })
+        Ok(self.fused(name, [d_in, d_out], bias)?.linear(0..d_out))
+    }
+
+    /// A linear layer whose file has it as `[d_in, d_out]`, with a bias.
+    pub(crate) fn linear_columns(
+        &mut self,
+        name: &str,
+        widths @ [_, d_out]: [usize; 2],
+    ) -> Result<Linear, LoadError> {
+        Ok(self.fused_columns(name, widths)?.linear(0..d_out))
+    }
+
+    /// Several linear layers that the file has as one, `{name}.weight` as `[d_out, d_in]`.
+    pub(crate) fn fused(
+        &mut self,
+        name: &str,
+        [d_in, d_out]: [usize; 2],
+        bias: bool,
+    ) -> Result<Fused<'a>, LoadError> {
+        let weight = self.values(&format!("{name}.weight"), &[d_out, d_in])?;
+        let bias = bias.then(|| self.values(&format!("{name}.bias"), &[d_out])).transpose()?;
+        Ok(Fused { weight, bias, d_in, device: self.device })
+    }
+
+    /// As [`fused`](Self::fused), for a file that has the weight as `[d_in, d_out]`; with a bias.
+    pub(crate) fn fused_columns(
+        &mut self,
+        name: &str,
+        [d_in, d_out]: [usize; 2],
+    ) -> Result<Fused<'a>, LoadError> {
+        let weight = self.values(&format!("{name}.weight"), &[d_in, d_out])?;
+        let bias = Some(self.values(&format!("{name}.bias"), &[d_out])?);
+        Ok(Fused { weight: transposed(&weight, d_in, d_out), bias, d_in, device: self.device })
+    }
+
+    /// A root-mean-square norm.
+    pub(crate) fn rms_norm(
+        &mut self,
+        name: &str,
+        width: usize,
+        epsilon: f64,
+    ) -> Result<Norm, LoadError> {
+        let gain = self.take(&format!("{name}.weight"), [width])?;
+        Ok(Norm { gain, bias: None, epsilon })
+    }
+
+    /// A layer norm.
+    pub(crate) fn layer_norm(
+        &mut self,
+        name: &str,
+        width: usize,
+        epsilon: f64,
+    ) -> Result<Norm, LoadError> {
+        let gain = self.take(&format!("{name}.weight"), [width])?;
+        let bias = Some(self.take(&format!("{name}.bias"), [width])?);
+        Ok(Norm { gain, bias, epsilon })
     }
 
     fn values(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, LoadError> {
@@ -69,13 +128,47 @@ impl<'a> Weights<'a> {
 
     /// Fails if the checkpoint holds tensors that nobody took: the model would not be the file's.
     pub(crate) fn finish(self) -> Result<(), LoadError> {
-        // Derived from the config; old checkpoints carry it all the same.
-        let derived = |name: &String| name.ends_with("rotary_emb.inv_freq");
+        // Derived from the config, or the causal mask; old checkpoints carry them all the same.
+        let derived = |name: &String| {
+            const BUFFERS: [&str; 5] = [
+                ".rotary_emb.inv_freq",
+                ".attn.bias",
+                ".attn.masked_bias",
+                ".attention.bias",
+                ".attention.masked_bias",
+            ];
+            BUFFERS.iter().any(|buffer| name.ends_with(buffer))
+        };
         let left: Vec<String> = self.left.into_iter().filter(|name| !derived(name)).collect();
         if left.is_empty() {
             return Ok(());
         }
         Err(LoadError::UnexpectedTensors { path: self.tensors.path().to_owned(), names: left })
+    }
+}
+
+/// Linear layers that a file has as one.
+pub(crate) struct Fused<'a> {
+    /// `[d_out, d_in]`.
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    d_in: usize,
+    device: &'a Device,
+}
+
+impl Fused<'_> {
+    /// The layer of these of its outputs.
+    pub(crate) fn linear(&self, outputs: impl Iterator<Item = usize> + Clone) -> Linear {
+        let d_in = self.d_in;
+        let rows = outputs.clone().flat_map(|i| &self.weight[i * d_in..(i + 1) * d_in]);
+        let rows: Vec<f32> = rows.copied().collect();
+        let d_out = rows.len() / d_in;
+        let weight = TensorData::new(transposed(&rows, d_out, d_in), [d_in, d_out]);
+        let bias = self.bias.as_ref().map(|bias| {
+            let bias: Vec<f32> = outputs.map(|i| bias[i]).collect();
+            Tensor::from_data(TensorData::new(bias, [d_out]), self.device)
+        });
+        Linear { weight: Tensor::from_data(weight, self.device), bias }
     }
 }
 

@@ -3,8 +3,8 @@
 use std::f64::consts::TAU;
 
 use super::{
-    Activation, Architecture, AttentionConfig, ConfigError, MlpConfig, ModelConfig, RopeConfig,
-    RopeScaling, SpecialTokens, require,
+    Architecture, AttentionConfig, AttentionScale, ConfigError, MlpConfig, ModelConfig,
+    Nonlinearity, RopeConfig, RopeScaling, SpecialTokens, UnembeddingConfig, require,
 };
 use crate::load::Metadata;
 
@@ -55,7 +55,13 @@ impl ModelConfig {
         metadata: &Metadata,
         evidence: &TensorEvidence,
     ) -> Result<Self, ConfigError> {
-        let architecture = Architecture::from_name(metadata.string("general.architecture")?)?;
+        let architecture = match metadata.string("general.architecture")? {
+            "llama" => Architecture::Llama,
+            other => {
+                let (actual, supported) = (other.to_owned(), vec!["llama (in GGUF files)"]);
+                return Err(ConfigError::UnknownArchitecture { actual, supported });
+            }
+        };
         refuse_unsupported(metadata)?;
 
         let d_model = metadata.usize("llama.embedding_length")?;
@@ -90,7 +96,7 @@ impl ModelConfig {
             },
             n_ctx: metadata.usize("llama.context_length")?,
             norm_eps: metadata.f64("llama.attention.layer_norm_rms_epsilon")?,
-            tie_embeddings: !evidence.has_output,
+            parallel: false,
             attention: AttentionConfig {
                 n_heads,
                 n_kv_heads: metadata
@@ -98,13 +104,17 @@ impl ModelConfig {
                     .unwrap_or(n_heads),
                 d_head,
                 bias: evidence.has_attention_bias,
-                rope: RopeConfig { theta, scaling },
+                scales: AttentionScale::Same((d_head as f64).powf(-0.5)),
+                soft_cap: None,
+                sliding: None,
+                rope: Some(RopeConfig { scaling, ..RopeConfig::new(theta, d_head) }),
             },
             mlp: MlpConfig {
                 d_mlp: metadata.usize("llama.feed_forward_length")?,
-                activation: Activation::Silu,
+                nonlinearity: Nonlinearity::Silu,
                 bias: evidence.has_mlp_bias,
             },
+            unembedding: UnembeddingConfig { tied: !evidence.has_output, soft_cap: None },
             special_tokens: special_tokens(metadata)?,
         }
         .validated()

@@ -1,13 +1,16 @@
 //! Reads `config.json`, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`) and of
 //! transformers 5 (`rope_parameters`).
 
+mod gpt;
+mod llama;
+mod neox;
+mod opt;
+mod rope;
+
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{
-    Activation, Architecture, AttentionConfig, ConfigError, MlpConfig, ModelConfig, RopeConfig,
-    RopeScaling, SpecialTokens, require,
-};
+use super::{Architecture, ConfigError, ModelConfig, Nonlinearity, SpecialTokens, require};
 
 impl ModelConfig {
     /// Reads a `config.json`, and the `generation_config.json` beside it if there is one: only the
@@ -22,65 +25,47 @@ impl ModelConfig {
         // be refused by its name.
         let family: HfFamily = serde_json::from_slice(config).map_err(json)?;
         let architecture = Architecture::from_name(&present(family.model_type, "model_type")?)?;
-        let mut config: HfConfig = serde_json::from_slice(config).map_err(json)?;
+        if let Some(value) = family.quantization_config {
+            return Err(unsupported("quantization_config", value));
+        }
+        let mut tokens = family.tokens;
         if let Some(generation) = generation {
             let generation: HfGeneration = serde_json::from_slice(generation).map_err(json)?;
-            config.eos_token_id = generation.eos_token_id.or(config.eos_token_id);
+            tokens.eos_token_id = generation.eos_token_id.or(tokens.eos_token_id);
         }
+        let special_tokens = tokens.try_into()?;
         match architecture {
-            Architecture::Llama => config.try_into(),
-        }
+            Architecture::Gpt2 => gpt::gpt2(config, special_tokens),
+            Architecture::GptJ => gpt::gptj(config, special_tokens),
+            Architecture::GptNeoX => neox::neox(config, special_tokens),
+            Architecture::Opt => opt::opt(config, special_tokens),
+            Architecture::Llama
+            | Architecture::Mistral
+            | Architecture::Qwen2
+            | Architecture::Qwen3
+            | Architecture::Phi3
+            | Architecture::Gemma2
+            | Architecture::Gemma3
+            | Architecture::Olmo2 => llama::llama(config, architecture, special_tokens),
+        }?
+        .validated()
     }
 }
 
+/// What every family has.
 #[derive(Deserialize)]
 struct HfFamily {
     model_type: Option<String>,
+    quantization_config: Option<Value>,
+    #[serde(flatten)]
+    tokens: HfTokens,
 }
 
-/// The fields of `config.json` that change what a Llama computes.
 #[derive(Deserialize)]
-struct HfConfig {
-    hidden_size: Option<usize>,
-    num_hidden_layers: Option<usize>,
-    num_attention_heads: Option<usize>,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    intermediate_size: Option<usize>,
-    vocab_size: Option<usize>,
-    max_position_embeddings: Option<usize>,
-    rms_norm_eps: Option<f64>,
-    hidden_act: Option<String>,
-    tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
+struct HfTokens {
     bos_token_id: Option<i64>,
     eos_token_id: Option<OneOrMany>,
     pad_token_id: Option<i64>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<HfRope>,
-    rope_parameters: Option<HfRope>,
-    // Options that transformers knows, and that would change the model silently if passed over.
-    partial_rotary_factor: Option<f64>,
-    sliding_window: Option<Value>,
-    quantization_config: Option<Value>,
-}
-
-/// `rope_scaling` of transformers 4 and `rope_parameters` of transformers 5. Unknown fields are
-/// refused: each of them belongs to a scaling that is not built here.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct HfRope {
-    rope_type: Option<String>,
-    /// The older name of `rope_type`; some files carry both.
-    #[serde(rename = "type")]
-    old_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<usize>,
-    partial_rotary_factor: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -95,132 +80,67 @@ enum OneOrMany {
     Many(Vec<i64>),
 }
 
-impl TryFrom<HfConfig> for ModelConfig {
+impl TryFrom<HfTokens> for SpecialTokens {
     type Error = ConfigError;
 
-    fn try_from(hf: HfConfig) -> Result<Self, ConfigError> {
-        hf.refuse_unsupported()?;
-
-        let d_model = present(hf.hidden_size, "hidden_size")?;
-        let n_heads = present(hf.num_attention_heads, "num_attention_heads")?;
-        let d_head = match hf.head_dim {
-            Some(d_head) => d_head,
-            None => {
-                let divides = n_heads > 0 && d_model.is_multiple_of(n_heads);
-                require(divides, "num_attention_heads", "a divisor of hidden_size", n_heads)?;
-                d_model / n_heads
-            }
-        };
-        let activation = match present(hf.hidden_act.as_deref(), "hidden_act")? {
-            "silu" | "swish" => Activation::Silu,
-            other => return Err(ConfigError::UnknownActivation { actual: other.to_owned() }),
-        };
+    fn try_from(hf: HfTokens) -> Result<Self, ConfigError> {
+        let one = |field, id: Option<i64>| id.map(|id| token_id(field, id)).transpose();
         let eos = match &hf.eos_token_id {
             None => &[][..],
             Some(OneOrMany::One(id)) => std::slice::from_ref(id),
             Some(OneOrMany::Many(ids)) => ids,
         };
-        Self {
-            architecture: Architecture::Llama,
-            d_model,
-            n_layers: present(hf.num_hidden_layers, "num_hidden_layers")?,
-            d_vocab: present(hf.vocab_size, "vocab_size")?,
-            n_ctx: present(hf.max_position_embeddings, "max_position_embeddings")?,
-            norm_eps: present(hf.rms_norm_eps, "rms_norm_eps")?,
-            tie_embeddings: hf.tie_word_embeddings.unwrap_or(false),
-            attention: AttentionConfig {
-                n_heads,
-                n_kv_heads: hf.num_key_value_heads.unwrap_or(n_heads),
-                d_head,
-                bias: hf.attention_bias.unwrap_or(false),
-                rope: hf.rope()?,
-            },
-            mlp: MlpConfig {
-                d_mlp: present(hf.intermediate_size, "intermediate_size")?,
-                activation,
-                bias: hf.mlp_bias.unwrap_or(false),
-            },
-            special_tokens: SpecialTokens {
-                bos: hf.bos_token_id.map(|id| token_id("bos_token_id", id)).transpose()?,
-                eos: eos
-                    .iter()
-                    .map(|&id| token_id("eos_token_id", id))
-                    .collect::<Result<_, _>>()?,
-                pad: hf.pad_token_id.map(|id| token_id("pad_token_id", id)).transpose()?,
-            },
-        }
-        .validated()
-    }
-}
-
-impl HfConfig {
-    fn refuse_unsupported(&self) -> Result<(), ConfigError> {
-        for (field, value) in [
-            ("sliding_window", &self.sliding_window),
-            ("quantization_config", &self.quantization_config),
-        ] {
-            if let Some(value) = value {
-                let (field, actual) = (field.to_owned(), value.to_string());
-                return Err(ConfigError::Unsupported { field, actual });
-            }
-        }
-        let in_rope = self.rope_parameters.as_ref().and_then(|rope| rope.partial_rotary_factor);
-        for factor in [self.partial_rotary_factor, in_rope].into_iter().flatten() {
-            if factor != 1.0 {
-                let (field, actual) = ("partial_rotary_factor".to_owned(), factor.to_string());
-                return Err(ConfigError::Unsupported { field, actual });
-            }
-        }
-        Ok(())
-    }
-
-    fn rope(&self) -> Result<RopeConfig, ConfigError> {
-        let scaling = match (&self.rope_parameters, &self.rope_scaling) {
-            (None, None) => None,
-            (Some(rope), None) | (None, Some(rope)) => Some(rope.scaling()?),
-            (Some(new), Some(old)) => {
-                let (new, old) = (new.scaling()?, old.scaling()?);
-                require(new == old, "rope_parameters", "the same as rope_scaling", "another")?;
-                Some(new)
-            }
-        };
-        let new_theta = self.rope_parameters.as_ref().and_then(|rope| rope.rope_theta);
-        if let (Some(new), Some(old)) = (new_theta, self.rope_theta) {
-            require(new == old, "rope_theta", "the same in rope_parameters", old)?;
-        }
-        Ok(RopeConfig {
-            // What transformers takes where a Llama's config says nothing.
-            theta: new_theta.or(self.rope_theta).unwrap_or(10_000.0),
-            scaling: scaling.unwrap_or(RopeScaling::Default),
+        Ok(Self {
+            bos: one("bos_token_id", hf.bos_token_id)?,
+            eos: eos.iter().map(|&id| token_id("eos_token_id", id)).collect::<Result<_, _>>()?,
+            // Some files give a negative id for none.
+            pad: one("pad_token_id", hf.pad_token_id.filter(|&id| id != -1))?,
         })
     }
 }
 
-impl HfRope {
-    fn scaling(&self) -> Result<RopeScaling, ConfigError> {
-        if let (Some(new), Some(old)) = (&self.rope_type, &self.old_type) {
-            require(new == old, "rope_type", "the same as its older name `type`", new)?;
-        }
-        let rope_type = self.rope_type.as_deref().or(self.old_type.as_deref());
-        match rope_type.unwrap_or("default") {
-            "default" => Ok(RopeScaling::Default),
-            "linear" => Ok(RopeScaling::Linear { factor: present(self.factor, "factor")? }),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: present(self.factor, "factor")?,
-                low_freq_factor: present(self.low_freq_factor, "low_freq_factor")?,
-                high_freq_factor: present(self.high_freq_factor, "high_freq_factor")?,
-                original_n_ctx: present(
-                    self.original_max_position_embeddings,
-                    "original_max_position_embeddings",
-                )?,
-            }),
-            other => Err(ConfigError::UnknownRope { actual: other.to_owned() }),
-        }
-    }
+fn parse<'a, T: Deserialize<'a>>(config: &'a [u8]) -> Result<T, ConfigError> {
+    serde_json::from_slice(config).map_err(|source| ConfigError::Json { source })
 }
 
 fn present<T>(value: Option<T>, field: &'static str) -> Result<T, ConfigError> {
     value.ok_or(ConfigError::MissingField { field })
+}
+
+/// An option that would change the model silently if it were passed over.
+fn unsupported(field: &str, actual: impl ToString) -> ConfigError {
+    ConfigError::Unsupported { field: field.to_owned(), actual: actual.to_string() }
+}
+
+/// Refuses options that are set to anything but `null` and what they would be anyway.
+fn refuse<const N: usize>(options: [(&str, &Option<Value>, Value); N]) -> Result<(), ConfigError> {
+    for (field, value, usual) in options {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_null() && **value != usual) {
+            return Err(unsupported(field, value));
+        }
+    }
+    Ok(())
+}
+
+fn nonlinearity(name: &str) -> Result<Nonlinearity, ConfigError> {
+    match name {
+        "silu" | "swish" => Ok(Nonlinearity::Silu),
+        "gelu" => Ok(Nonlinearity::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Nonlinearity::GeluTanh),
+        "relu" => Ok(Nonlinearity::Relu),
+        other => Err(ConfigError::UnknownActivation { actual: other.to_owned() }),
+    }
+}
+
+/// `d_model / n_heads`.
+fn head_width(
+    d_model: usize,
+    n_heads: usize,
+    expected: &'static str,
+) -> Result<usize, ConfigError> {
+    let divides = n_heads > 0 && d_model.is_multiple_of(n_heads);
+    require(divides, "num_attention_heads", expected, n_heads)?;
+    Ok(d_model / n_heads)
 }
 
 fn token_id(field: &'static str, id: i64) -> Result<u32, ConfigError> {
@@ -232,6 +152,10 @@ fn token_id(field: &'static str, id: i64) -> Result<u32, ConfigError> {
 mod tests {
     use serde_json::json;
 
+    use super::super::{
+        AttentionConfig, AttentionScale, LongRope, MlpConfig, RopeConfig, RopeScaling,
+        UnembeddingConfig,
+    };
     use super::*;
 
     /// A Llama's config without its rope, as both versions of transformers write it.
@@ -267,7 +191,7 @@ mod tests {
             let v4 = with(json!({"rope_theta": 5e5, "rope_scaling": scaling})).unwrap();
             let v5 = with(json!({"rope_parameters": parameters})).unwrap();
             assert_eq!(v4, v5);
-            assert_eq!(v4.attention.rope.theta, 5e5);
+            assert_eq!(v4.attention.rope.unwrap().theta, 5e5);
         }
     }
 
@@ -281,15 +205,19 @@ mod tests {
             d_vocab: 131,
             n_ctx: 64,
             norm_eps: 1e-5,
-            tie_embeddings: true,
+            parallel: false,
             attention: AttentionConfig {
                 n_heads: 6,
                 n_kv_heads: 2,
                 d_head: 8,
                 bias: false,
-                rope: RopeConfig { theta: 1e5, scaling: RopeScaling::Default },
+                scales: AttentionScale::Same(8f64.powf(-0.5)),
+                soft_cap: None,
+                sliding: None,
+                rope: Some(RopeConfig::new(1e5, 8)),
             },
-            mlp: MlpConfig { d_mlp: 88, activation: Activation::Silu, bias: false },
+            mlp: MlpConfig { d_mlp: 88, nonlinearity: Nonlinearity::Silu, bias: false },
+            unembedding: UnembeddingConfig { tied: true, soft_cap: None },
             special_tokens: SpecialTokens { bos: Some(1), eos: vec![2, 5], pad: None },
         };
         assert_eq!(config, expected);
@@ -313,23 +241,51 @@ mod tests {
     fn what_is_not_built_is_refused_by_name() {
         for (extra, expected) in [
             (json!({"model_type": "mamba"}), "unknown architecture `mamba`"),
-            (json!({"model_type": "phi3", "rope_scaling": {"long_factor": []}}), "`phi3`"),
             (json!({"model_type": "absent"}), "lacks `model_type`"),
-            (json!({"hidden_act": "gelu"}), "unknown activation `gelu`"),
-            (json!({"rope_scaling": {"rope_type": "yarn"}}), "unknown rope type `yarn`"),
+            (json!({"hidden_act": "mish"}), "unknown activation `mish`"),
+            (json!({"rope_scaling": {"rope_type": "ntk"}}), "unknown rope type `ntk`"),
+            (json!({"rope_scaling": {"rope_type": "linear", "mscale": 1}}), "not valid JSON"),
+            (json!({"rope_scaling": {"type": "longrope"}}), "lacks `original_max_position"),
+            (json!({"attn_logit_softcapping": 5.0}), "attn_logit_softcapping"),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "lacks `factor`"),
-            (json!({"rope_parameters": {"rope_type": "default", "mscale": 1}}), "not valid JSON"),
-            (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), "partial_rotary_factor"),
+            (json!({"rope_parameters": {"rope_type": "default", "mscale": 1}}), "sets `mscale`"),
+            (json!({"rope_parameters": {"partial_rotary_factor": 1.5}}), "partial_rotary_factor"),
             (json!({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}), "rope_theta"),
             (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
             (json!({"sliding_window": 4096}), "sliding_window"),
             (json!({"rms_norm_eps": "absent"}), "lacks `rms_norm_eps`"),
-            (json!({"pad_token_id": -1}), "`pad_token_id` is -1"),
+            (json!({"pad_token_id": -2}), "`pad_token_id` is -2"),
             (json!({"num_attention_heads": 0}), "a divisor of hidden_size"),
             (json!({"hidden_size": -48}), "not valid JSON"),
         ] {
             let message = with(extra.clone()).unwrap_err().to_string();
             assert!(message.contains(expected), "{extra}: {message}");
         }
+    }
+
+    #[test]
+    fn yarn_and_longrope_are_read_with_their_attention_factors() {
+        let rope = |extra: Value| with(extra).unwrap().attention.rope.unwrap().scaling;
+        let yarn = rope(json!({"rope_scaling":
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}));
+        let expected = RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            original_n_ctx: 16,
+            attention_factor: 0.1 * 4f64.ln() + 1.0,
+        };
+        assert_eq!(yarn, expected);
+        // 64 positions after 16: √(1 + ln 4 / ln 16) = √1.5.
+        let factors = json!({"type": "longrope", "short_factor": [1, 1, 1, 1],
+            "long_factor": [1, 2, 3, 4], "original_max_position_embeddings": 16});
+        let expected = RopeScaling::LongRope(LongRope {
+            short_factors: vec![1.0; 4],
+            long_factors: vec![1.0, 2.0, 3.0, 4.0],
+            original_n_ctx: 16,
+            attention_factor: 1.5f64.sqrt(),
+        });
+        assert_eq!(rope(json!({"rope_scaling": factors})), expected);
     }
 }

@@ -1,13 +1,13 @@
 //! Causal self-attention with grouped keys and values.
 
 use burn::tensor::activation::softmax;
-use burn::tensor::{Int, Tensor};
-use kernels::KeyValues;
+use burn::tensor::{Bool, Tensor};
+use kernels::{AttentionConfig, KeyValues};
 
-use super::{KvCache, Linear, RotaryTable};
+use super::{Linear, Norm, Pass};
+use crate::config;
 use crate::hook::{Hook, fire};
 use crate::hook_point::{HookPoint, Site};
-use crate::positions::Positions;
 
 /// Multi-head attention (Vaswani et al., 2017) whose key heads may each serve several query heads.
 #[derive(Debug, Clone)]
@@ -16,44 +16,82 @@ pub(crate) struct Attention {
     pub(crate) key: Linear,
     pub(crate) value: Linear,
     pub(crate) output: Linear,
+    /// Over each head, or over all of them together: as wide as the gain.
+    pub(crate) query_norm: Option<Norm>,
+    pub(crate) key_norm: Option<Norm>,
     pub(crate) n_heads: usize,
     pub(crate) n_kv_heads: usize,
     pub(crate) d_head: usize,
+    /// Which of the model's rotaries turns queries and keys.
+    pub(crate) rotary_idx: Option<usize>,
+    pub(crate) config: AttentionConfig,
 }
 
 impl Attention {
+    /// The attention of a block, out of its query, key, value and output projections.
+    pub(crate) fn new(
+        config: &config::AttentionConfig,
+        layer: usize,
+        [query, key, value, output]: [Linear; 4],
+    ) -> Self {
+        Self {
+            query,
+            key,
+            value,
+            output,
+            query_norm: None,
+            key_norm: None,
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            d_head: config.d_head,
+            rotary_idx: config.rope_idx(layer),
+            config: AttentionConfig {
+                scale: config.scale(layer),
+                soft_cap: config.soft_cap,
+                window: config.window(layer),
+            },
+        }
+    }
+
     pub(crate) fn forward<H: Hook>(
         &self,
         x: Tensor<3>,
         layer: usize,
-        rotary: &RotaryTable,
-        positions: &Positions,
-        cache: &mut KvCache,
+        pass: &mut Pass<'_>,
         hook: &mut H,
     ) -> Tensor<3> {
         let [batch, pos, d_model] = x.dims();
+        let positions = pass.positions;
         let point = |site| HookPoint::Block { layer, site };
-        let device = x.device();
         let rows = x.reshape([batch * pos, d_model]);
-        let heads = |linear: &Linear, n_heads| {
-            linear.forward(rows.clone()).reshape([batch, pos, n_heads, self.d_head])
+        let heads = |linear: &Linear, norm: &Option<Norm>, n_heads| {
+            let projected = normed(linear.forward(rows.clone()), norm);
+            projected.reshape([batch, pos, n_heads, self.d_head])
         };
-        let q = fire(hook, point(Site::Q), heads(&self.query, self.n_heads), positions);
-        let k = fire(hook, point(Site::K), heads(&self.key, self.n_kv_heads), positions);
-        let v = fire(hook, point(Site::V), heads(&self.value, self.n_kv_heads), positions);
-        let q = fire(hook, point(Site::RotQ), rotary.rotate(q), positions);
-        let k = fire(hook, point(Site::RotK), rotary.rotate(k), positions);
+        let q = heads(&self.query, &self.query_norm, self.n_heads);
+        let q = fire(hook, point(Site::Q), q, positions);
+        let k = heads(&self.key, &self.key_norm, self.n_kv_heads);
+        let k = fire(hook, point(Site::K), k, positions);
+        let v = heads(&self.value, &None, self.n_kv_heads);
+        let v = fire(hook, point(Site::V), v, positions);
+        let (q, k) = match self.rotary_idx {
+            Some(rotary_idx) => {
+                let rotary = &pass.rotaries[rotary_idx];
+                let q = fire(hook, point(Site::RotQ), rotary.rotate(q), positions);
+                (q, fire(hook, point(Site::RotK), rotary.rotate(k), positions))
+            }
+            None => (q, k),
+        };
 
-        let scale = 1.0 / (self.d_head as f64).sqrt();
-        let first_columns = cache.first_columns(&device);
-        let key_values = cache.append(layer, k, v);
+        let key_values = pass.cache.append(layer, k, v);
         let z = if hook.wants(point(Site::AttnScores)) || hook.wants(point(Site::Pattern)) {
-            let scores = masked_scores(q, &key_values, first_columns, scale);
+            let hidden = positions.hidden(self.config.window, &q.device());
+            let scores = scores(q, &key_values, hidden, &self.config);
             let scores = fire(hook, point(Site::AttnScores), scores, positions);
             let pattern = fire(hook, point(Site::Pattern), pattern(scores), positions);
             weigh(pattern, &key_values)
         } else {
-            kernels::attention(q, key_values, first_columns, scale)
+            kernels::attention(q, key_values, pass.first_columns.clone(), self.config)
         };
         let z = fire(hook, point(Site::Z), z, positions);
         let z = z.reshape([batch * pos, self.n_heads * self.d_head]);
@@ -61,34 +99,32 @@ impl Attention {
     }
 }
 
+fn normed(x: Tensor<2>, norm: &Option<Norm>) -> Tensor<2> {
+    let Some(norm) = norm else { return x };
+    let shape @ [n, width] = x.dims();
+    let [d] = norm.gain.dims();
+    norm.rows(x.reshape([n * width / d, d])).reshape(shape)
+}
+
 /// What masked scores are set to: finite, so that padding queries, which see nothing, stay finite.
 const MASKED: f32 = -1e30;
 
-/// Scores `[batch, head, query, key]`, scaled and masked: the plain path that hooks can see.
-fn masked_scores(
+/// Scores `[batch, head, query, key]`, scaled, capped and masked: the plain path that hooks see.
+fn scores(
     q: Tensor<4>,
     key_values: &KeyValues,
-    first_columns: Tensor<1, Int>,
-    scale: f64,
+    hidden: Tensor<4, Bool>,
+    config: &AttentionConfig,
 ) -> Tensor<4> {
-    let [batch, n, n_heads, _] = q.dims();
-    let device = q.device();
+    let [_, _, n_heads, _] = q.dims();
     let keys = joined(&key_values.prefix.as_ref().map(|p| p.0.clone()), &key_values.own.0, n_heads);
-    let [_, _, total, _] = keys.dims();
-    let own = key_values.own.0.dims()[1];
-    let prefix = total - own;
-    let scores = q.swap_dims(1, 2).matmul(keys.swap_dims(2, 3)) * scale;
-
-    let shape = [batch, n_heads, n, total];
-    let key =
-        Tensor::<1, Int>::arange(0..total as i64, &device).reshape([1, 1, 1, total]).expand(shape);
-    let query = Tensor::<1, Int>::arange((total - n) as i64..total as i64, &device)
-        .reshape([1, 1, n, 1])
-        .expand(shape);
-    let first = (first_columns + prefix as i64).reshape([batch, 1, 1, 1]).expand(shape);
-    let padding = key.clone().lower(first).bool_and(key.clone().greater_equal_elem(prefix as i64));
-    let hidden = key.greater(query).bool_or(padding);
-    scores.mask_fill(hidden, MASKED)
+    let scores = q.swap_dims(1, 2).matmul(keys.swap_dims(2, 3)) * config.scale;
+    let scores = match config.soft_cap {
+        Some(cap) => (scores / cap).tanh() * cap,
+        None => scores,
+    };
+    let shape = scores.dims();
+    scores.mask_fill(hidden.expand(shape), MASKED)
 }
 
 /// Softmax over the keys; a query that sees nothing (padding) weighs nothing.

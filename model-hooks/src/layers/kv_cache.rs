@@ -1,8 +1,9 @@
 //! Keys and values of the tokens that were run before.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData};
 use kernels::KeyValues;
 
+use super::RopeLength;
 use crate::positions::Positions;
 
 /// The keys and values of a batch of conversations, block by block.
@@ -14,57 +15,80 @@ pub struct KvCache {
     prefix: SharedPrefix,
     own: Vec<Option<(Tensor<4>, Tensor<4>)>>,
     n_own: usize,
-    padding: Vec<usize>,
+    /// Own columns at which the conversations of each row begin.
+    starts: Vec<Vec<usize>>,
 }
 
 /// Keys and values of tokens that any number of conversations begin with. Cloning is cheap.
 #[derive(Debug, Clone, Default)]
 pub struct SharedPrefix {
     layers: Vec<(Tensor<4>, Tensor<4>)>,
-    n: usize,
+    ids: Vec<u32>,
 }
 
 impl SharedPrefix {
     /// Tokens of the prefix.
     pub fn n_tokens(&self) -> usize {
-        self.n
+        self.ids.len()
+    }
+
+    pub(crate) fn ids(&self) -> &[u32] {
+        &self.ids
     }
 }
 
 impl KvCache {
-    /// An empty cache for `n_layers` blocks behind a prefix (`SharedPrefix::default()` for none),
-    /// whose rows will begin with so many padding columns each.
+    /// An empty cache for `n_layers` blocks behind a prefix, whose rows' conversations will begin
+    /// at these columns.
     ///
     /// # Panics
     /// If the prefix comes from a model with another number of blocks.
-    pub fn new(n_layers: usize, prefix: SharedPrefix, padding: Vec<usize>) -> Self {
+    pub(crate) fn new(n_layers: usize, prefix: SharedPrefix, starts: Vec<Vec<usize>>) -> Self {
         assert!(
-            prefix.n == 0 || prefix.layers.len() == n_layers,
+            prefix.ids.is_empty() || prefix.layers.len() == n_layers,
             "the prefix has {} blocks, the model {n_layers}",
             prefix.layers.len()
         );
-        Self { prefix, own: vec![None; n_layers], n_own: 0, padding }
+        Self { prefix, own: vec![None; n_layers], n_own: 0, starts }
     }
 
     /// Positions of the next `n` columns.
     pub fn next_positions(&self, n: usize) -> Positions {
-        Positions::new(self.prefix.n, self.n_own, n, self.padding.clone())
+        Positions::packed(self.prefix.n_tokens(), self.n_own, n, self.starts.clone())
     }
 
-    /// Columns kept for every row, the prefix and the padding included.
-    pub fn n_columns(&self) -> usize {
-        self.prefix.n + self.n_own
+    /// Whether the next `n` columns bring a conversation, of which something is cached, from at
+    /// most `length` tokens to more.
+    pub(crate) fn grows_past(&self, length: usize, n: usize, rope_length: RopeLength) -> bool {
+        let before = |row: &Vec<usize>| {
+            let start = row.last().copied().unwrap_or(0);
+            self.prefix.n_tokens() + self.n_own.saturating_sub(start)
+        };
+        let after = |row: &Vec<usize>| {
+            let start = row.last().copied().unwrap_or(0);
+            self.prefix.n_tokens() + (self.n_own + n).saturating_sub(start)
+        };
+        let crosses = |before, after| (1..=length).contains(&before) && after > length;
+        match rope_length {
+            RopeLength::Conversation => {
+                self.starts.iter().any(|row| crosses(before(row), after(row)))
+            }
+            RopeLength::LongestOfBatch => {
+                let longest = |n: &dyn Fn(&Vec<usize>) -> usize| self.starts.iter().map(n).max();
+                crosses(longest(&before).unwrap_or(0), longest(&after).unwrap_or(0))
+            }
+        }
     }
 
-    /// Turns the cache of a single unpadded conversation into a prefix for others.
+    /// Turns the cache of a single unpadded conversation, of these tokens, into a prefix for others.
     ///
     /// # Panics
     /// If it holds several rows, padding, a prefix of its own, or a block was not run.
-    pub fn into_prefix(self) -> SharedPrefix {
-        assert_eq!(self.padding, [0], "a shared prefix is one unpadded row");
-        assert_eq!(self.prefix.n, 0, "a shared prefix has no prefix of its own");
+    pub(crate) fn into_prefix(self, ids: &[u32]) -> SharedPrefix {
+        assert_eq!(self.starts, [[0]], "a shared prefix is one unpadded row");
+        assert_eq!(self.prefix.n_tokens(), 0, "a shared prefix has no prefix of its own");
         let layers = self.own.into_iter().map(|layer| layer.expect("every block was run"));
-        SharedPrefix { layers: layers.collect(), n: self.n_own }
+        SharedPrefix { layers: layers.collect(), ids: ids.to_vec() }
     }
 
     /// Keeps these rows, in this order, and drops padding that all of them share.
@@ -73,10 +97,10 @@ impl KvCache {
     /// If a row is out of range or none is given.
     pub fn select_rows(&mut self, rows: &[usize]) {
         assert!(!rows.is_empty(), "a cache keeps at least one row");
-        self.padding = rows.iter().map(|&row| self.padding[row]).collect();
-        let drop = self.padding.iter().copied().min().unwrap_or(0);
-        for padding in &mut self.padding {
-            *padding -= drop;
+        self.starts = rows.iter().map(|&row| self.starts[row].clone()).collect();
+        let drop = self.starts.iter().map(|row| row[0]).min().unwrap_or(0);
+        for start in self.starts.iter_mut().flatten() {
+            *start -= drop;
         }
         let n_own = self.n_own;
         for (keys, values) in self.own.iter_mut().flatten() {
@@ -104,9 +128,5 @@ impl KvCache {
     /// Counts the columns of a pass once all its blocks have run.
     pub(crate) fn advance(&mut self, n: usize) {
         self.n_own += n;
-    }
-
-    pub(crate) fn first_columns(&self, device: &Device) -> Tensor<1, Int> {
-        self.next_positions(0).first_columns(device)
     }
 }

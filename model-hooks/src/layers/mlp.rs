@@ -1,22 +1,23 @@
-//! The gated MLP of Llama (Shazeer, 2020).
+//! The MLP of a block, plain or gated.
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::silu;
+use kernels::Nonlinearity;
 
 use super::Linear;
 use crate::hook::{Hook, fire};
 use crate::hook_point::{HookPoint, Site};
 use crate::positions::Positions;
 
-/// `(silu(x · gate) ⊙ (x · up)) · down`.
+/// `f(x · up) · down`, or with a gate `(f(x · gate) ⊙ (x · up)) · down` (Shazeer, 2020).
 #[derive(Debug, Clone)]
-pub(crate) struct GatedMlp {
-    pub(crate) gate: Linear,
+pub(crate) struct Mlp {
+    pub(crate) gate: Option<Linear>,
     pub(crate) up: Linear,
     pub(crate) down: Linear,
+    pub(crate) nonlinearity: Nonlinearity,
 }
 
-impl GatedMlp {
+impl Mlp {
     pub(crate) fn forward<H: Hook>(
         &self,
         x: Tensor<3>,
@@ -25,21 +26,24 @@ impl GatedMlp {
         hook: &mut H,
     ) -> Tensor<3> {
         let shape @ [batch, pos, d_model] = x.dims();
-        let point = |site| HookPoint::Block { layer, site };
         let rows = x.reshape([batch * pos, d_model]);
-        let (gate, up) = (self.gate.forward(rows.clone()), self.up.forward(rows));
-        let [n, d_mlp] = gate.dims();
-
-        let sites = [Site::MlpPre, Site::MlpPreLinear, Site::MlpPost];
-        let post = if sites.iter().any(|&site| hook.wants(point(site))) {
-            let wide = |x: Tensor<2>| x.reshape([batch, pos, d_mlp]);
-            let gate = fire(hook, point(Site::MlpPre), wide(gate), positions);
-            let up = fire(hook, point(Site::MlpPreLinear), wide(up), positions);
-            let post = fire(hook, point(Site::MlpPost), silu(gate) * up, positions);
-            post.reshape([n, d_mlp])
-        } else {
-            kernels::silu_mul(gate, up)
+        let mut seen = |site, x: Tensor<2>| {
+            let point = HookPoint::Block { layer, site };
+            let dims @ [_, d_mlp] = x.dims();
+            match hook.wants(point) {
+                true => fire(hook, point, x.reshape([batch, pos, d_mlp]), positions).reshape(dims),
+                false => x,
+            }
         };
-        self.down.forward(post).reshape(shape)
+        let up = self.up.forward(rows.clone());
+        let hidden = match &self.gate {
+            Some(gate) => {
+                let gate = seen(Site::MlpPre, gate.forward(rows));
+                let up = seen(Site::MlpPreLinear, up);
+                kernels::gated(gate, up, self.nonlinearity)
+            }
+            None => kernels::nonlinear(seen(Site::MlpPre, up), self.nonlinearity),
+        };
+        self.down.forward(seen(Site::MlpPost, hidden)).reshape(shape)
     }
 }

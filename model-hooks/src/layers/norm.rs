@@ -1,4 +1,4 @@
-//! Root-mean-square normalisation.
+//! Normalisation of rows.
 
 use burn::tensor::Tensor;
 
@@ -6,10 +6,13 @@ use crate::hook::{Hook, fire};
 use crate::hook_point::{HookPoint, Site};
 use crate::positions::Positions;
 
-/// `x / sqrt(mean(x²) + epsilon) ⊙ gain`.
+/// A norm over the last axis: root-mean-square (Zhang & Sennrich, 2019) without a bias,
+/// `x / sqrt(mean(x²) + epsilon) ⊙ gain`; a layer norm (Ba et al., 2016) with one,
+/// `(x − mean(x)) / sqrt(var(x) + epsilon) ⊙ gain + bias`.
 #[derive(Debug, Clone)]
-pub(crate) struct RmsNorm {
+pub(crate) struct Norm {
     pub(crate) gain: Tensor<1>,
+    pub(crate) bias: Option<Tensor<1>>,
     pub(crate) epsilon: f64,
 }
 
@@ -24,24 +27,33 @@ impl NormPoints {
     pub(crate) const FINAL: Self =
         Self { scale: HookPoint::LnFinalScale, normalized: HookPoint::LnFinalNormalized };
 
-    /// Of the norm before attention.
+    /// Before attention.
     pub(crate) fn first(layer: usize) -> Self {
-        Self {
-            scale: HookPoint::Block { layer, site: Site::Ln1Scale },
-            normalized: HookPoint::Block { layer, site: Site::Ln1Normalized },
-        }
+        Self::block(layer, Site::Ln1Scale, Site::Ln1Normalized)
     }
 
-    /// Of the norm before the MLP.
+    /// Behind attention.
+    pub(crate) fn first_post(layer: usize) -> Self {
+        Self::block(layer, Site::Ln1PostScale, Site::Ln1PostNormalized)
+    }
+
+    /// Before the MLP.
     pub(crate) fn second(layer: usize) -> Self {
-        Self {
-            scale: HookPoint::Block { layer, site: Site::Ln2Scale },
-            normalized: HookPoint::Block { layer, site: Site::Ln2Normalized },
-        }
+        Self::block(layer, Site::Ln2Scale, Site::Ln2Normalized)
+    }
+
+    /// Behind the MLP.
+    pub(crate) fn second_post(layer: usize) -> Self {
+        Self::block(layer, Site::Ln2PostScale, Site::Ln2PostNormalized)
+    }
+
+    fn block(layer: usize, scale: Site, normalized: Site) -> Self {
+        let point = |site| HookPoint::Block { layer, site };
+        Self { scale: point(scale), normalized: point(normalized) }
     }
 }
 
-impl RmsNorm {
+impl Norm {
     pub(crate) fn forward<H: Hook>(
         &self,
         x: Tensor<3>,
@@ -51,12 +63,44 @@ impl RmsNorm {
     ) -> Tensor<3> {
         let shape @ [batch, pos, d_model] = x.dims();
         if !hook.wants(points.scale) && !hook.wants(points.normalized) {
-            let rows = x.reshape([batch * pos, d_model]);
-            return kernels::rms_norm(rows, self.gain.clone(), self.epsilon).reshape(shape);
+            return self.rows(x.reshape([batch * pos, d_model])).reshape(shape);
         }
-        let scale = (x.clone().square().mean_dim(2) + self.epsilon).sqrt();
-        let scale = fire(hook, points.scale, scale, positions);
+        let x = self.centred(x);
+        let scale = fire(hook, points.scale, self.scale(x.clone()), positions);
         let normalized = fire(hook, points.normalized, x / scale, positions);
-        normalized * self.gain.clone().unsqueeze()
+        self.affine(normalized)
+    }
+
+    /// Of rows as wide as the gain.
+    pub(crate) fn rows(&self, x: Tensor<2>) -> Tensor<2> {
+        let (gain, epsilon) = (self.gain.clone(), self.epsilon);
+        match &self.bias {
+            None => kernels::rms_norm(x, gain, epsilon),
+            Some(bias) => kernels::layer_norm(x, gain, bias.clone(), epsilon),
+        }
+    }
+
+    /// `x` less its mean, where this norm takes it off.
+    pub(crate) fn centred(&self, x: Tensor<3>) -> Tensor<3> {
+        match self.bias {
+            None => x,
+            Some(_) => x.clone() - x.mean_dim(2),
+        }
+    }
+
+    /// The divisor of what [`centred`](Self::centred) gives.
+    ///
+    /// # Shapes
+    /// `[batch, pos, 1]`.
+    pub(crate) fn scale(&self, centred: Tensor<3>) -> Tensor<3> {
+        (centred.square().mean_dim(2) + self.epsilon).sqrt()
+    }
+
+    fn affine(&self, normalized: Tensor<3>) -> Tensor<3> {
+        let x = normalized * self.gain.clone().unsqueeze();
+        match &self.bias {
+            None => x,
+            Some(bias) => x + bias.clone().unsqueeze(),
+        }
     }
 }

@@ -139,7 +139,7 @@ fn a_model_comes_with_all_its_parts() {
     let (file, _) = write(&tiny_pairs(), &tiny_tensors());
     let (checkpoint, tensors) = read_all(&file).unwrap();
     assert_eq!(checkpoint.config.d_vocab, 4);
-    assert!(checkpoint.config.tie_embeddings);
+    assert!(checkpoint.config.unembedding.tied);
     let tokenizer = checkpoint.tokenizer.unwrap();
     assert_eq!(tokenizer.encode("<s>ab").unwrap(), [0, 3]);
     let message = crate::text::Message::new(crate::text::Role::User, "hi");
