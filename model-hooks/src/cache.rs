@@ -41,6 +41,11 @@ impl ActivationCache {
         kept.map(Activation::into_tensor)
     }
 
+    /// Takes the activation at a point out of the cache.
+    pub(crate) fn take(&mut self, point: HookPoint) -> Option<Activation> {
+        self.kept.get_mut(&point)?.take()
+    }
+
     /// The points asked for.
     pub fn points(&self) -> impl Iterator<Item = HookPoint> {
         self.kept.keys().copied()

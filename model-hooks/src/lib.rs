@@ -39,7 +39,7 @@ pub use config::ModelConfig;
 pub use cross_entropy::CrossEntropy;
 pub use edit::{Edit, Edits};
 pub use generate::{GenerateConfig, NewToken, unobserved};
-pub use harvest::{HarvestConfig, Harvested, Place};
+pub use harvest::{HarvestConfig, HarvestReport, Harvested, Layout, Place};
 pub use hook::{Hook, HookError};
 pub use hook_point::{Axis, HookPoint, Site, UnknownHookPoint};
 pub use layers::{KvCache, RopeLength, SharedPrefix};

@@ -5,10 +5,10 @@ use std::ops::ControlFlow;
 use burn::tensor::{Device, Tensor, TensorData};
 use goldens::assert_close;
 use model_hooks::{
-    Activation, ActivationCache, Axis, Edits, ForwardError, GenerateConfig, HarvestConfig, Hook,
-    HookError, HookPoint, KvCache, LanguageModel, NewToken, Positions, Probe, RandomSampling,
-    RewardHead, RewardModel, Sampling, SharedPrefix, Site, TokenBatch, TokenError, load,
-    unobserved,
+    Activation, ActivationCache, Axis, Edits, ForwardError, GenerateConfig, HarvestConfig,
+    Harvested, Hook, HookError, HookPoint, KvCache, LanguageModel, Layout, NewToken, Place,
+    Positions, Probe, RandomSampling, RewardHead, RewardModel, Sampling, SharedPrefix, Site,
+    TokenBatch, TokenError, load, unobserved,
 };
 
 const ROWS: [&[u32]; 3] = [&[5, 9, 40, 77, 12, 8, 101], &[44, 3, 90], &[7, 7, 19, 23, 60]];
@@ -363,30 +363,57 @@ fn hooks_see_absolute_positions_in_prefix_prefill_and_steps() {
 
 #[test]
 fn harvest_gives_each_token_once_and_as_a_pass_alone_would() {
-    let model = model();
-    let point = HookPoint::resid_post(1);
+    const TEXTS: [&[u32]; 6] =
+        [ROWS[0], ROWS[1], ROWS[2], &[61], &[9, 40, 3, 3], &[70, 12, 8, 9, 1, 66, 43, 2, 15]];
     let prefix_ids = [9, 8, 7];
-    let prefix = model.prefix(&prefix_ids, &mut ()).unwrap();
-    for (shared, skip) in [(&SharedPrefix::default(), 1), (&prefix, 0)] {
-        let config = HarvestConfig { point, batch_tokens: 12, skip_positions: skip };
-        let mut rows = Vec::new();
-        let sink = |harvested: model_hooks::Harvested| {
-            let [n, _] = harvested.activations.dims();
-            assert_eq!(n, harvested.places.len());
-            for (row, place) in harvested.places.iter().enumerate() {
-                rows.push((*place, floats(harvested.activations.clone().narrow(0, row, 1))));
+    for name in ["llama_gqa_theta_tied", "mistral_sliding", "gpt2"] {
+        let model = named(name);
+        let points = vec![HookPoint::resid_post(1), HookPoint::Block { layer: 0, site: Site::Z }];
+        let (none, prefix) = (SharedPrefix::default(), model.prefix(&prefix_ids, &mut ()).unwrap());
+        let layouts = [Layout::OneByOne, Layout::Packed { row_tokens: 8 }];
+        for (shared, skip_positions, layout) in
+            layouts.into_iter().flat_map(|layout| [(&none, 1, layout), (&prefix, 0, layout)])
+        {
+            let config = HarvestConfig {
+                points: points.clone(),
+                batch_tokens: 16,
+                layout,
+                skip_positions,
+                skip_ids: vec![9],
+            };
+            let mut rows = Vec::new();
+            let sink = |harvested: Harvested| {
+                for (row, place) in harvested.places.iter().enumerate() {
+                    let of = |x: &Tensor<2>| floats(x.clone().narrow(0, row, 1));
+                    assert_eq!(harvested.activations[0].dims()[0], harvested.places.len());
+                    rows.push((*place, harvested.activations.iter().map(of).collect::<Vec<_>>()));
+                }
+                ControlFlow::Continue(())
+            };
+            let report = model.harvest(&TEXTS, shared, &config, sink).unwrap();
+            let n_prefix = shared.n_tokens();
+            let mut expected = Vec::new();
+            for (text, ids) in TEXTS.iter().enumerate() {
+                let own = ids.iter().enumerate().map(|(i, &id)| (n_prefix + i, id));
+                let kept = own.filter(|&(position, id)| position >= skip_positions && id != 9);
+                expected.extend(kept.map(|(position, _)| Place { text, position }));
             }
-            true
-        };
-        model.harvest(&ROWS, shared, &config, sink).unwrap();
-        let n_prefix = shared.n_tokens();
-        let kept = |ids: &&[u32]| ids.len() - skip.saturating_sub(n_prefix);
-        assert_eq!(rows.len(), ROWS.iter().map(kept).sum::<usize>());
-        for (place, row) in rows {
-            let ids = [&prefix_ids[..n_prefix], ROWS[place.text]].concat();
-            let alone = model.run_until(&batch(&model, &[&ids]), 2, &mut ()).unwrap();
-            let alone = alone.narrow(1, place.position, 1);
-            assert_close("activation", &row, &floats(alone), 1e-5);
+            let mut places: Vec<Place> = rows.iter().map(|(place, _)| *place).collect();
+            places.sort_unstable();
+            assert_eq!(places, expected);
+            assert_eq!(report.n_taken, expected.len());
+            let skipped = report.n_skipped_positions + report.n_skipped_ids;
+            let n_tokens = TEXTS.iter().map(|text| text.len()).sum::<usize>();
+            assert_eq!(report.n_taken + skipped, n_tokens);
+
+            for (place, activations) in rows {
+                let ids = [&prefix_ids[..n_prefix], TEXTS[place.text]].concat();
+                let alone = model.capture(&batch(&model, &[&ids]), points.clone()).unwrap();
+                let residual = alone.get::<3>(points[0]).unwrap().narrow(1, place.position, 1);
+                assert_close("residual", &activations[0], &floats(residual), 1e-5);
+                let heads = alone.get::<4>(points[1]).unwrap().narrow(1, place.position, 1);
+                assert_close("heads", &activations[1], &floats(heads), 1e-5);
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! From answers to latents: which ones are behind refusing, and which are not.
 
+use std::ops::ControlFlow;
+
 use anyhow::{Context, Result, ensure};
 use attribution::clamp_slopes;
 use burn::tensor::activation::log_softmax;
@@ -181,15 +183,14 @@ impl Search<'_> {
         let answered =
             turns.iter().map(|turn| self.chats.answered(turn)).collect::<Result<Vec<_>>>()?;
         let ids: Vec<&[u32]> = answered.iter().map(|answered| answered.ids.as_slice()).collect();
-        let config = HarvestConfig {
-            point: self.point,
-            batch_tokens: BATCH_TOKENS,
-            skip_positions: FIRST_POSITION,
-        };
+        let mut config = HarvestConfig::new(self.point, BATCH_TOKENS);
+        config.skip_positions = FIRST_POSITION;
         let (mut answers, mut conversations) = <(LatentStatistics, LatentStatistics)>::default();
         let mut kept = Vec::new();
         let sink = |harvested: Harvested| {
             let Harvested { activations, places } = harvested;
+            let [activations]: [Tensor<2>; 1] =
+                activations.try_into().expect("one point was asked for");
             let in_answer = |place: &Place| place.position >= answered[place.text].answer_start;
             let rows = (0..).zip(&places).filter(|(_, place)| in_answer(place));
             let rows: Vec<i64> = rows.map(|(row, _)| row).collect();
@@ -199,7 +200,7 @@ impl Search<'_> {
             let activations = activations.select(0, rows);
             answers.add(&self.sae().encode(activations.clone()));
             kept.push(activations);
-            true
+            ControlFlow::Continue(())
         };
         self.loaded
             .model

@@ -238,19 +238,21 @@ fn harvest(
         values: Vec::with_capacity(n_tokens * d_model),
         tokens: Vec::with_capacity(n_tokens),
     };
-    let config =
-        HarvestConfig { point, batch_tokens: BATCH_TOKENS, skip_positions: FIRST_POSITION };
+    let mut config = HarvestConfig::new(point, BATCH_TOKENS);
+    config.skip_positions = FIRST_POSITION;
     let mut harvest_after = |texts: &[&[u32]], prefix: &SharedPrefix| {
         let sink = |harvested: Harvested| {
-            let rows = harvested.activations.into_data();
+            let [rows] = harvested.activations.try_into().expect("one point was asked for");
+            let rows = Tensor::into_data(rows);
             activations.values.extend_from_slice(rows.as_slice::<f32>().expect("f32 activations"));
             let token =
                 |place: &model_hooks::Place| texts[place.text][place.position - prefix.n_tokens()];
             activations.tokens.extend(harvested.places.iter().map(token));
             bar.inc(harvested.places.len() as u64);
-            true
+            ControlFlow::Continue(())
         };
-        loaded.model.harvest(texts, prefix, &config, sink).during("harvesting activations")
+        let report = loaded.model.harvest(texts, prefix, &config, sink);
+        report.map(drop).during("harvesting activations")
     };
     let own: Vec<&[u32]> = texts.iter().map(|text| &text[n_shared..]).collect();
     if n_shared > 0 {
