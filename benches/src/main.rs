@@ -22,7 +22,6 @@ enum What {
 }
 
 fn main() -> Result<()> {
-    examples::allocator::keep_pages();
     match Options::parse().what {
         What::Model(options) => model::run(&options),
     }

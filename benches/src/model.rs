@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use burn::tensor::Device;
-use examples::assets::load_model;
+use examples::assets::locate_model;
 use model_hooks::{
     GenerateConfig, HookPoint, LanguageModel, ModelConfig, Probe, SharedPrefix, TokenBatch,
+    WeightDtype, load,
 };
 use serde::Serialize;
 
@@ -49,16 +50,25 @@ struct Line {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let device = Device::flex();
-    let loaded = load_model(options.model.as_deref(), &device)?;
-    let bench = Bench::new(loaded.model, options.layer)?;
+    let path = locate_model(options.model.as_deref())?;
+    let load = |dtype| -> Result<LanguageModel> {
+        let mut checkpoint = load::open(&path)?;
+        let tensors = checkpoint.tensors.as_mut();
+        Ok(LanguageModel::load_as(dtype, checkpoint.config, tensors, &device)?)
+    };
+    let (model, bandwidth) = (load(WeightDtype::F32)?, read_bandwidth());
+    // Not before: what has been freed by now is to go back to the system.
+    examples::allocator::keep_pages();
+    let bench = Bench::new(model, options.layer, bandwidth)?;
     println!("{}", bench.limits());
     bench.harvest();
     bench.forward();
     bench.capture()?;
     bench.gradient()?;
-    bench.decode("decode_f32", 1)?;
-    bench.decode("decode_batch16", 16)?;
-    Ok(())
+    bench.decode("decode_f32", 1, size_of::<f32>())?;
+    bench.decode("decode_batch16", 16, size_of::<f32>())?;
+    let bench = Bench { model: load(WeightDtype::Bf16)?, ..bench };
+    bench.decode("decode_bf16", 1, size_of::<u16>())
 }
 
 struct Bench {
@@ -71,7 +81,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(model: LanguageModel, layer: usize) -> Result<Self> {
+    fn new(model: LanguageModel, layer: usize, bandwidth: f64) -> Result<Self> {
         model.check_point(HookPoint::resid_post(layer))?;
         let d_vocab = model.config().d_vocab;
         // Any ids do; these repeat nothing.
@@ -80,7 +90,7 @@ impl Bench {
         let ids: Vec<Vec<u32>> = (0..N_ROWS).map(row).collect();
         let tokens = TokenBatch::new(&ids, model.config(), model.device())?;
         let gemm = gemm(model.config(), N_TOKENS, model.device());
-        Ok(Self { gemm, bandwidth: read_bandwidth(), model, layer, tokens, ids })
+        Ok(Self { gemm, bandwidth, model, layer, tokens, ids })
     }
 
     fn limits(&self) -> serde_json::Value {
@@ -142,7 +152,7 @@ impl Bench {
         let point = HookPoint::resid_post(self.layer);
         reset_peak();
         let (mut plain, mut captured) = (Vec::new(), Vec::new());
-        for _ in 0..15 {
+        for _ in 0..41 {
             let start = Instant::now();
             self.until();
             plain.push(start.elapsed());
@@ -191,7 +201,7 @@ impl Bench {
     }
 
     /// Greedy steps behind a short prompt, without the prompt's own.
-    fn decode(&self, name: &'static str, n_rows: usize) -> Result<()> {
+    fn decode(&self, name: &'static str, n_rows: usize, weight_bytes: usize) -> Result<()> {
         let prompts: Vec<&[u32]> = (0..n_rows).map(|i| &self.ids[i % N_ROWS][..16]).collect();
         let config = GenerateConfig {
             min_new_tokens: N_DECODED + 1,
@@ -211,18 +221,17 @@ impl Bench {
         }
         times.sort_unstable();
         let step = times[1].as_secs_f64() / N_DECODED as f64;
-        let bytes = self.weight_bytes();
+        let bytes = (self.n_weights() * weight_bytes) as f64;
         let fraction = bytes / self.bandwidth / step;
         say(name, n_rows as f64 / step, fraction, &[("weight_mb", bytes / 1e6)]);
         Ok(())
     }
 
     /// What a step reads: the blocks and the unembedding.
-    fn weight_bytes(&self) -> f64 {
+    fn n_weights(&self) -> usize {
         let config = self.model.config();
         let linear: usize = linear_layers(config).iter().map(|[d_in, d_out]| d_in * d_out).sum();
-        let n = config.n_layers * linear + config.d_model * config.d_vocab;
-        (n * size_of::<f32>()) as f64
+        config.n_layers * linear + config.d_model * config.d_vocab
     }
 }
 

@@ -10,7 +10,7 @@
 //! | [`top_k`] | none: the values are cut from the graph |
 //! | [`top_k_encode`] | sparse, at the selected entries |
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
-//! | [`sparse_dot`], [`dot_rows`], [`rms_norm`], [`layer_norm`], [`nonlinear`], [`gated`], [`rotary`], [`attention`] | through the plain default |
+//! | [`sparse_dot`], [`linear`], [`dot_rows`], [`rms_norm`], [`layer_norm`], [`nonlinear`], [`gated`], [`rotary`], [`attention`] | through the plain default |
 //! | [`adam_step`] | none |
 
 mod autodiff;
@@ -108,10 +108,23 @@ pub fn sparse_dot(indices: Tensor<2, Int>, rows: Tensor<2>, x: Tensor<2>) -> Ten
     ))
 }
 
-/// `x · rowsᵀ`: a product with a matrix that lies transposed, as embeddings do.
+/// `x · w`: a product with fixed weights, which may be kept in bf16. The arithmetic is f32.
 ///
 /// # Shapes
-/// `x`: `[n, d]`, `rows`: `[m, d]`; result: `[n, m]`.
+/// `x`: `[n, d_in]`, f32; `w`: `[d_in, d_out]`, f32 or bf16; result: `[n, d_out]`, f32.
+///
+/// # Panics
+/// If the widths differ.
+pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    assert_eq!(x.dims()[1], w.dims()[0], "linear: the widths differ");
+    Tensor::from_dispatch(Dispatch::linear(x.into_dispatch(), w.into_dispatch()))
+}
+
+/// `x · rowsᵀ`: a product with a matrix that lies transposed, as embeddings do, and may be kept in
+/// bf16. The arithmetic is f32.
+///
+/// # Shapes
+/// `x`: `[n, d]`, f32; `rows`: `[m, d]`, f32 or bf16; result: `[n, m]`, f32.
 ///
 /// # Panics
 /// If the widths differ.

@@ -171,7 +171,13 @@ pub trait KernelOps: Backend {
         )
     }
 
+    fn linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+        let w = cast_like::<Self>(w, &x);
+        Self::float_matmul(x, w)
+    }
+
     fn dot_rows(x: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
+        let rows = cast_like::<Self>(rows, &x);
         Self::float_matmul(x, Self::float_transpose(rows))
     }
 
@@ -393,6 +399,14 @@ pub(crate) fn bias_corrections(config: &AdamConfig, step: usize) -> (f64, f64) {
 pub(crate) fn dims<const D: usize>(tensor: &impl TensorMetadata) -> [usize; D] {
     let shape = tensor.shape();
     std::array::from_fn(|axis| shape[axis])
+}
+
+/// `tensor` in the precision of `like`.
+fn cast_like<B: Backend>(tensor: FloatTensor<B>, like: &FloatTensor<B>) -> FloatTensor<B> {
+    match tensor.dtype() == like.dtype() {
+        true => tensor,
+        false => B::float_cast(tensor, like.dtype().into()),
+    }
 }
 
 fn all() -> burn::tensor::Slice {

@@ -129,9 +129,18 @@ proptest! {
     }
 
     #[test]
-    fn products_with_rows_match_their_defaults(n in 1..20usize, d in 1..70usize, m in 1..1100usize, seed: u64) {
+    fn products_with_weights_match_their_defaults(n in 1..120usize, d in 1..70usize, m in 1..1100usize, seed: u64) {
         let run = |device: &Device| kernels::dot_rows(noise([n, d], seed, device), noise([m, d], seed ^ 1, device));
         assert_close(run(&device()), run(&device().autodiff()).inner());
+        let run = |device: &Device| kernels::linear(noise([n, d], seed, device), noise([d, m], seed ^ 1, device));
+        assert_close(run(&device()), run(&device().autodiff()).inner());
+        // Weights in bf16 are what they round to, in arithmetic of f32.
+        let bf16 = |w: Tensor<2>| w.cast(burn::tensor::DType::BF16);
+        let rounded = |w| bf16(w).cast(burn::tensor::DType::F32);
+        let (x, w) = (noise([n, d], seed, &device()), noise([d, m], seed ^ 1, &device()));
+        assert_close(kernels::linear(x.clone(), bf16(w.clone())), kernels::linear(x.clone(), rounded(w.clone())));
+        let w = w.transpose();
+        assert_close(kernels::dot_rows(x.clone(), bf16(w.clone())), kernels::dot_rows(x, rounded(w)));
         let k = m.min(5);
         let run = |device: &Device| {
             let indices = some_indices(n, k, m, seed, device);

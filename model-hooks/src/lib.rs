@@ -179,6 +179,7 @@ pub mod text;
 mod tokens;
 
 pub use activation::Activation;
+pub use architectures::WeightDtype;
 pub use cache::ActivationCache;
 pub use config::ModelConfig;
 pub use cross_entropy::CrossEntropy;

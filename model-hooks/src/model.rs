@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
 
-use crate::architectures::{self, Trunk};
+use crate::architectures::{self, Trunk, WeightDtype};
 use crate::cache::ActivationCache;
 use crate::config::ModelConfig;
 use crate::hook::{Hook, HookError, fire};
@@ -78,7 +78,20 @@ impl LanguageModel {
         tensors: &mut dyn TensorSource,
         device: &Device,
     ) -> Result<Self, LoadError> {
-        let (trunk, unembedding) = architectures::load(&config, tensors, device)?;
+        Self::load_as(WeightDtype::F32, config, tensors, device)
+    }
+
+    /// As [`load`](Self::load), with the matrices of weights kept in this precision.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_as(
+        dtype: WeightDtype,
+        config: ModelConfig,
+        tensors: &mut dyn TensorSource,
+        device: &Device,
+    ) -> Result<Self, LoadError> {
+        let (trunk, unembedding) = architectures::load(&config, tensors, dtype, device)?;
         Ok(Self::new(config, trunk, Some(unembedding), device))
     }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 
-use crate::architectures;
+use crate::architectures::{self, WeightDtype};
 use crate::config::ModelConfig;
 use crate::hook::Hook;
 use crate::layers::SharedPrefix;
@@ -56,10 +56,24 @@ impl RewardModel {
         tensors: &mut dyn TensorSource,
         device: &Device,
     ) -> Result<Self, LoadError> {
+        Self::load_as(WeightDtype::F32, config, tensors, device)
+    }
+
+    /// As [`load`](Self::load), with the matrices of weights but the head's kept in this precision.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_as(
+        dtype: WeightDtype,
+        config: ModelConfig,
+        tensors: &mut dyn TensorSource,
+        device: &Device,
+    ) -> Result<Self, LoadError> {
         let d_model = config.d_model;
-        let (trunk, weight) = architectures::load_with(&config, tensors, device, |weights| {
-            weights.take_rows(SCORE, d_model)
-        })?;
+        let (trunk, weight) =
+            architectures::load_with(&config, tensors, dtype, device, |weights| {
+                weights.take_rows(SCORE, d_model)
+            })?;
         let body = LanguageModel::new(config, trunk, None, device);
         Ok(Self { body, head: RewardHead { weight } })
     }

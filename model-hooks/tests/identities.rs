@@ -1,14 +1,16 @@
 //! What must hold of any model: hooks that change nothing, caches, batches, gradients, errors.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use goldens::assert_close;
+use model_hooks::load::{LoadError, RawTensor, TensorSource};
 use model_hooks::{
     Activation, ActivationCache, Axis, Edits, ForwardError, GenerateConfig, HarvestConfig,
     Harvested, Hook, HookError, HookPoint, KvCache, LanguageModel, Layout, NewToken, Place,
     Positions, Probe, RandomSampling, RewardHead, RewardModel, Sampling, SharedPrefix, Site,
-    TokenBatch, TokenError, load, unobserved,
+    TokenBatch, TokenError, WeightDtype, load, unobserved,
 };
 
 const ROWS: [&[u32]; 3] = [&[5, 9, 40, 77, 12, 8, 101], &[44, 3, 90], &[7, 7, 19, 23, 60]];
@@ -474,6 +476,53 @@ fn along<const D: usize>(gradient: Tensor<D>) -> (f32, Vec<f32>) {
 
 fn like<const D: usize>(values: &[f32], x: Tensor<D>) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values.to_vec(), x.dims()), &x.device())
+}
+
+/// Weights kept in bf16 give what the same rounded weights give in f32, step by step as at once.
+#[test]
+fn weights_in_bf16_are_rounded_and_nothing_else_is() {
+    struct Rounded(Box<dyn TensorSource>);
+    impl TensorSource for Rounded {
+        fn names(&self) -> Vec<String> {
+            self.0.names()
+        }
+        fn tensor(&mut self, name: &str) -> Result<RawTensor, LoadError> {
+            let mut tensor = self.0.tensor(name)?;
+            if tensor.shape.len() == 2 && !name.contains("wpe") {
+                let round = |x: &mut f32| *x = half::bf16::from_f32(*x).to_f32();
+                tensor.values.iter_mut().for_each(round);
+            }
+            Ok(tensor)
+        }
+        fn path(&self) -> &Path {
+            self.0.path()
+        }
+    }
+    for name in ["llama_gqa_theta_tied", "gpt2", "gptj", "gemma2"] {
+        let open = || load::open(&goldens::own("models").join(name)).unwrap();
+        let (mut kept, rounded, device) = (open(), open(), Device::flex());
+        let config = kept.config.clone();
+        let kept =
+            LanguageModel::load_as(WeightDtype::Bf16, config, kept.tensors.as_mut(), &device);
+        let mut tensors = Rounded(rounded.tensors);
+        let rounded = LanguageModel::load(rounded.config, &mut tensors, &device).unwrap();
+        let (kept, tokens) = (kept.unwrap(), batch(&rounded, &ROWS));
+        let logits = |model: &LanguageModel| floats(model.logits(&tokens, &mut ()).unwrap());
+        assert_close(name, &logits(&kept), &logits(&rounded), 5e-5);
+        let config = GenerateConfig::greedy(6, vec![]);
+        let none = SharedPrefix::default();
+        let ids = |model: &LanguageModel| {
+            model.generate(&ROWS, &none, &config, &mut (), unobserved).unwrap()
+        };
+        assert_eq!(ids(&kept), ids(&rounded), "{name}");
+        let point = HookPoint::resid_post(0);
+        let gradient = |model: &LanguageModel| {
+            let mut probe = Probe::new([point]);
+            let grads = model.last_logits(&tokens, &mut probe).unwrap().sum().backward();
+            floats(probe.gradient::<3>(point, &grads).unwrap())
+        };
+        assert_close(name, &gradient(&kept), &gradient(&rounded), 1e-4);
+    }
 }
 
 #[test]

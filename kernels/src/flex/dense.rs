@@ -1,29 +1,124 @@
-//! Dense products with few rows, which a blocked matrix product spends its time packing for.
+//! Products of a few rows with fixed weights, which a blocked matrix product spends its time packing
+//! for: here the weights are read once, in the order they lie in.
 
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, FloatDType, bf16};
 use rayon::prelude::*;
 
-use super::simd::{dot, multiversion};
-use super::{Float, floats, new_floats, packed};
+use super::simd::{add_scaled, add_scaled_4, dot, dot_4, multiversion};
+use super::{Float, Weights, floats, new_floats, packed, weights};
 use crate::ops::dims;
 
 /// From so many rows of `x` on, the blocked product is the faster one.
-const BLOCKED_FROM: usize = 16;
-/// Rows of the matrix that a task takes.
+const BLOCKED_FROM: usize = 24;
+/// The same where the matrix lies transposed.
+const ROWS_BLOCKED_FROM: usize = 12;
+/// Rows of a transposed matrix that a task takes.
 const TASK_ROWS: usize = 512;
-/// Rows of the matrix that meet all of `x` before the next ones are read.
-const NEAR_ROWS: usize = 8;
+/// Parts that the inputs of a linear layer are cut into.
+const N_PARTS: usize = 8;
+/// Outputs of which a task adds up the parts.
+const SUM_COLUMNS: usize = 1 << 12;
 
-/// Streams the matrix once, in order.
+/// Weights of either precision, in f32 as they are needed.
+trait Weight: Copy + Sync {
+    /// A few consecutive weights; `scratch` is at least as long.
+    fn widen<'a>(weights: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+}
+
+impl Weight for f32 {
+    #[inline(always)]
+    fn widen<'a>(weights: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        weights
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    fn widen<'a>(weights: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
+        let scratch = &mut scratch[..weights.len()];
+        for (wide, weight) in scratch.iter_mut().zip(weights) {
+            *wide = f32::from_bits(u32::from(weight.to_bits()) << 16);
+        }
+        scratch
+    }
+}
+
+/// `x · w`.
+pub(super) fn linear(x: Float, w: Float) -> Float {
+    let ([n, d_in], [_, d_out]) = (dims::<2>(&x), dims::<2>(&w));
+    if n >= BLOCKED_FROM {
+        return Flex::float_matmul(x, widened(w));
+    }
+    let (x, w) = (packed(x), packed(w));
+    let out = match weights(&w) {
+        Weights::F32(w) => by_inputs(floats(&x), w, [n, d_in, d_out], fill_inputs),
+        Weights::Bf16(w) => by_inputs(floats(&x), w, [n, d_in, d_out], fill_inputs_bf16),
+    };
+    new_floats(out, [n, d_out])
+}
+
+/// `x · rowsᵀ`.
 pub(super) fn dot_rows(x: Float, rows: Float) -> Float {
     let ([n, d], [m, _]) = (dims::<2>(&x), dims::<2>(&rows));
-    if n >= BLOCKED_FROM {
-        return Flex::float_matmul(x, Flex::float_transpose(rows));
+    if n >= ROWS_BLOCKED_FROM {
+        return Flex::float_matmul(x, Flex::float_transpose(widened(rows)));
     }
     let (x, rows) = (packed(x), packed(rows));
-    let (x, rows) = (floats(&x), floats(&rows));
-    // Each task fills its columns for all rows of `x`; they interleave in the result.
+    let out = match weights(&rows) {
+        Weights::F32(rows) => by_rows(floats(&x), rows, [n, d, m], fill_rows),
+        Weights::Bf16(rows) => by_rows(floats(&x), rows, [n, d, m], fill_rows_bf16),
+    };
+    new_floats(out, [n, m])
+}
+
+fn widened(w: Float) -> Float {
+    match w.dtype() {
+        DType::BF16 => Flex::float_cast(w, FloatDType::F32),
+        _ => w,
+    }
+}
+
+/// Fills a part of a result out of `x` and weights.
+type Fill<W, Dims> = fn(&mut [f32], &[f32], &[W], Dims);
+
+/// Each task has some consecutive rows of the weights, and a sum of its own.
+fn by_inputs<W: Weight>(
+    x: &[f32],
+    w: &[W],
+    [n, d_in, d_out]: [usize; 3],
+    fill: Fill<W, [usize; 3]>,
+) -> Vec<f32> {
+    // The same cut whatever the number of threads, so that the sum is.
+    let rows = d_in.div_ceil(N_PARTS);
+    let parts: Vec<Vec<f32>> = w
+        .par_chunks(rows * d_out)
+        .enumerate()
+        .map(|(part, w)| {
+            let mut out = vec![0f32; n * d_out];
+            fill(&mut out, x, w, [d_in, d_out, part * rows]);
+            out
+        })
+        .collect();
+    let mut parts = parts.into_iter();
+    let mut out = parts.next().unwrap_or_default();
+    let parts: Vec<Vec<f32>> = parts.collect();
+    out.par_chunks_mut(SUM_COLUMNS).enumerate().for_each(|(chunk, out)| {
+        for part in &parts {
+            add(out, &part[chunk * SUM_COLUMNS..][..out.len()]);
+        }
+    });
+    out
+}
+
+/// Each task has some rows of the matrix, which are columns of the result.
+fn by_rows<W: Weight>(
+    x: &[f32],
+    rows: &[W],
+    [n, d, m]: [usize; 3],
+    fill: Fill<W, usize>,
+) -> Vec<f32> {
     let parts: Vec<Vec<f32>> = rows
         .par_chunks(TASK_ROWS * d)
         .map(|rows| {
@@ -32,26 +127,97 @@ pub(super) fn dot_rows(x: Float, rows: Float) -> Float {
             part
         })
         .collect();
+    interleaved(&parts, n, m, TASK_ROWS)
+}
+
+fn interleaved(parts: &[Vec<f32>], n: usize, m: usize, width: usize) -> Vec<f32> {
     let mut out = vec![0f32; n * m];
-    out.par_chunks_mut(m).enumerate().for_each(|(row, out)| {
-        for (part, out) in parts.iter().zip(out.chunks_mut(TASK_ROWS)) {
+    for (row, out) in out.chunks_exact_mut(m).enumerate() {
+        for (part, out) in parts.iter().zip(out.chunks_mut(width)) {
             out.copy_from_slice(&part[row * out.len()..][..out.len()]);
         }
-    });
-    new_floats(out, [n, m])
+    }
+    out
+}
+
+/// Adds what the inputs from `first` on give, four rows of the weights at a time, so that the
+/// outputs are loaded and stored a quarter as often.
+#[inline(always)]
+fn some_inputs<W: Weight>(out: &mut [f32], x: &[f32], w: &[W], [d_in, d_out, first]: [usize; 3]) {
+    let mut scratch = vec![0f32; 4 * d_out];
+    let (head, tail) = scratch.split_at_mut(2 * d_out);
+    let ((s0, s1), (s2, s3)) = (head.split_at_mut(d_out), tail.split_at_mut(d_out));
+    let fours = w.chunks_exact(4 * d_out);
+    let rest = fours.remainder();
+    let mut i = first;
+    for w in fours {
+        let four = [
+            W::widen(&w[..d_out], s0),
+            W::widen(&w[d_out..2 * d_out], s1),
+            W::widen(&w[2 * d_out..3 * d_out], s2),
+            W::widen(&w[3 * d_out..], s3),
+        ];
+        for (out, x) in out.chunks_exact_mut(d_out).zip(x.chunks_exact(d_in)) {
+            add_scaled_4(out, [x[i], x[i + 1], x[i + 2], x[i + 3]], four);
+        }
+        i += 4;
+    }
+    for w in rest.chunks_exact(d_out) {
+        let one = W::widen(w, s0);
+        for (out, x) in out.chunks_exact_mut(d_out).zip(x.chunks_exact(d_in)) {
+            add_scaled(out, x[i], one);
+        }
+        i += 1;
+    }
+}
+
+/// Every row of the matrix meets all of `x`, four rows of it at a time.
+#[inline(always)]
+fn some_rows<W: Weight>(out: &mut [f32], x: &[f32], rows: &[W], d: usize) {
+    let m = rows.len() / d;
+    let mut scratch = vec![0f32; d];
+    for (column, row) in rows.chunks_exact(d).enumerate() {
+        let row = W::widen(row, &mut scratch);
+        let fours = x.chunks_exact(4 * d);
+        let n_fours = fours.len();
+        for (four, x) in fours.enumerate() {
+            let dots = dot_4(std::array::from_fn(|i| &x[i * d..][..d]), row);
+            for (i, dot) in dots.into_iter().enumerate() {
+                out[(4 * four + i) * m + column] = dot;
+            }
+        }
+        for (i, x) in x.chunks_exact(d).enumerate().skip(4 * n_fours) {
+            out[i * m + column] = dot(x, row);
+        }
+    }
 }
 
 multiversion! {
-    fn fill(out: &mut [f32], x: &[f32], rows: &[f32], d: usize) {
-        let m = rows.len() / d;
-        // A few rows at a time stay in the nearest cache while all of `x` passes by.
-        for start in (0..m).step_by(NEAR_ROWS) {
-            let end = (start + NEAR_ROWS).min(m);
-            for (out, x) in out.chunks_exact_mut(m).zip(x.chunks_exact(d)) {
-                for column in start..end {
-                    out[column] = dot(x, &rows[column * d..][..d]);
-                }
-            }
-        }
+    fn fill_inputs(out: &mut [f32], x: &[f32], w: &[f32], dims: [usize; 3]) {
+        some_inputs(out, x, w, dims);
+    }
+}
+
+multiversion! {
+    fn fill_inputs_bf16(out: &mut [f32], x: &[f32], w: &[bf16], dims: [usize; 3]) {
+        some_inputs(out, x, w, dims);
+    }
+}
+
+multiversion! {
+    fn add(out: &mut [f32], x: &[f32]) {
+        add_scaled(out, 1.0, x);
+    }
+}
+
+multiversion! {
+    fn fill_rows(out: &mut [f32], x: &[f32], rows: &[f32], d: usize) {
+        some_rows(out, x, rows, d);
+    }
+}
+
+multiversion! {
+    fn fill_rows_bf16(out: &mut [f32], x: &[f32], rows: &[bf16], d: usize) {
+        some_rows(out, x, rows, d);
     }
 }

@@ -12,7 +12,7 @@ mod top_k;
 use burn::backend::Flex;
 use burn::backend::ops::IntTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{DType, IntDType, TensorData};
+use burn::tensor::{DType, IntDType, TensorData, bf16};
 
 use crate::ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs};
 
@@ -42,6 +42,10 @@ impl KernelOps for Flex {
 
     fn sparse_sum(indices: Int, values: Float, m: usize) -> Float {
         sparse::sum(indices, values, m)
+    }
+
+    fn linear(x: Float, w: Float) -> Float {
+        dense::linear(x, w)
     }
 
     fn dot_rows(x: Float, rows: Float) -> Float {
@@ -105,6 +109,25 @@ fn floats(tensor: &Float) -> &[f32] {
     assert_eq!(tensor.dtype(), DType::F32, "the CPU kernels work on f32 tensors");
     let slice = tensor.as_slice::<f32>();
     &slice.expect("packed tensors are contiguous")[..tensor.layout().num_elements()]
+}
+
+/// The storage of a matrix of weights, of either precision.
+fn weights(tensor: &Float) -> Weights<'_> {
+    let n = tensor.layout().num_elements();
+    match tensor.dtype() {
+        DType::BF16 => {
+            let slice = tensor.as_slice::<bf16>().expect("packed tensors are contiguous");
+            Weights::Bf16(&slice[..n])
+        }
+        _ => Weights::F32(floats(tensor)),
+    }
+}
+
+/// Weights as they are kept.
+#[derive(Clone, Copy)]
+enum Weights<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
 }
 
 fn packed_ints(tensor: Int) -> Int {

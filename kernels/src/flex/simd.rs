@@ -85,6 +85,30 @@ pub(super) fn dot(x: &[f32], y: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
+/// `⟨x[i], y⟩` for four vectors, which load `y` once.
+#[inline(always)]
+pub(super) fn dot_4(x: [&[f32]; 4], y: &[f32]) -> [f32; 4] {
+    const LANES: usize = 16;
+    let n = y.len();
+    let [x0, x1, x2, x3] = x.map(|x| &x[..n]);
+    let (mut a, mut b, mut c, mut d) = ([0f32; LANES], [0f32; LANES], [0f32; LANES], [0f32; LANES]);
+    let end = n / LANES * LANES;
+    for i in (0..end).step_by(LANES) {
+        let y = &y[i..i + LANES];
+        let (x0, x1) = (&x0[i..i + LANES], &x1[i..i + LANES]);
+        let (x2, x3) = (&x2[i..i + LANES], &x3[i..i + LANES]);
+        for lane in 0..LANES {
+            a[lane] = x0[lane].mul_add(y[lane], a[lane]);
+            b[lane] = x1[lane].mul_add(y[lane], b[lane]);
+            c[lane] = x2[lane].mul_add(y[lane], c[lane]);
+            d[lane] = x3[lane].mul_add(y[lane], d[lane]);
+        }
+    }
+    let tail = |x: &[f32]| x[end..].iter().zip(&y[end..]).map(|(x, y)| x * y).sum::<f32>();
+    let total = |lanes: [f32; LANES], x| lanes.iter().sum::<f32>() + tail(x);
+    [total(a, x0), total(b, x1), total(c, x2), total(d, x3)]
+}
+
 /// The largest element, or −∞.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {

@@ -13,7 +13,7 @@ pub(super) fn trunk(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<T
     let table = weights.take(&name("wpe.weight"), [n_ctx, d_model])?;
     Ok(Trunk {
         embedding: Embedding {
-            tokens: weights.take(&name("wte.weight"), [d_vocab, d_model])?,
+            tokens: weights.matrix(&name("wte.weight"), [d_vocab, d_model])?,
             scale: None,
             positions: Some(LearnedPositions { table, offset: 0 }),
         },

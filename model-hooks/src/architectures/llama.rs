@@ -19,7 +19,7 @@ pub(super) fn trunk_of(
     weights: &mut Weights<'_>,
     mut block: impl FnMut(&mut Weights<'_>, usize) -> Result<Block, LoadError>,
 ) -> Result<Trunk, LoadError> {
-    let tokens = weights.take("model.embed_tokens.weight", [config.d_vocab, config.d_model])?;
+    let tokens = weights.matrix("model.embed_tokens.weight", [config.d_vocab, config.d_model])?;
     Ok(Trunk {
         embedding: Embedding { tokens, scale: None, positions: None },
         blocks: (0..config.n_layers).map(|l| block(weights, l)).collect::<Result<_, _>>()?,

@@ -17,6 +17,7 @@ use crate::config::{Architecture, ModelConfig};
 use crate::layers::{Block, Embedding, Norm, Unembedding};
 use crate::load::{LoadError, TensorSource};
 
+pub use weights::WeightDtype;
 pub(crate) use weights::Weights;
 
 /// The weights of a model up to its last norm, whatever its architecture.
@@ -59,15 +60,16 @@ impl Names {
 pub(crate) fn load(
     config: &ModelConfig,
     tensors: &mut dyn TensorSource,
+    dtype: WeightDtype,
     device: &Device,
 ) -> Result<(Trunk, Unembedding), LoadError> {
-    let mut weights = Weights::new(tensors, device);
+    let mut weights = Weights::new(tensors, dtype, device);
     let names = Names::of(config.architecture);
     let trunk = (names.trunk)(config, &mut weights)?;
     let weight = format!("{}.weight", names.unembedding);
     let weight = match config.unembedding.tied && !weights.has(&weight) {
         true => trunk.embedding.tokens.clone(),
-        false => weights.take(&weight, [config.d_vocab, config.d_model])?,
+        false => weights.matrix(&weight, [config.d_vocab, config.d_model])?,
     };
     let bias = names.unembedding_bias.then(|| format!("{}.bias", names.unembedding));
     let bias = bias.map(|name| weights.take(&name, [config.d_vocab])).transpose()?;
@@ -80,10 +82,11 @@ pub(crate) fn load(
 pub(crate) fn load_with<T>(
     config: &ModelConfig,
     tensors: &mut dyn TensorSource,
+    dtype: WeightDtype,
     device: &Device,
     head: impl FnOnce(&mut Weights<'_>) -> Result<T, LoadError>,
 ) -> Result<(Trunk, T), LoadError> {
-    let mut weights = Weights::new(tensors, device);
+    let mut weights = Weights::new(tensors, dtype, device);
     let trunk = (Names::of(config.architecture).trunk)(config, &mut weights)?;
     let head = head(&mut weights)?;
     weights.finish()?;

@@ -8,7 +8,7 @@ use crate::load::LoadError;
 
 pub(super) fn trunk(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<Trunk, LoadError> {
     let &ModelConfig { d_model, d_vocab, norm_eps, .. } = config;
-    let tokens = weights.take("gpt_neox.embed_in.weight", [d_vocab, d_model])?;
+    let tokens = weights.matrix("gpt_neox.embed_in.weight", [d_vocab, d_model])?;
     Ok(Trunk {
         embedding: Embedding { tokens, scale: None, positions: None },
         blocks: (0..config.n_layers)

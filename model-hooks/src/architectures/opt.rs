@@ -13,7 +13,7 @@ pub(super) fn trunk(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<T
     let table = weights.take("model.decoder.embed_positions.weight", [n_ctx + OFFSET, d_model])?;
     Ok(Trunk {
         embedding: Embedding {
-            tokens: weights.take("model.decoder.embed_tokens.weight", [d_vocab, d_model])?,
+            tokens: weights.matrix("model.decoder.embed_tokens.weight", [d_vocab, d_model])?,
             scale: None,
             positions: Some(LearnedPositions { table, offset: OFFSET }),
         },

@@ -1,6 +1,6 @@
 //! From token ids to the residual stream, and from there to logits.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::positions::Positions;
 
@@ -29,7 +29,7 @@ impl Embedding {
     pub(crate) fn tokens(&self, ids: Tensor<2, Int>) -> Tensor<3> {
         let ([batch, n], [_, d_model]) = (ids.dims(), self.tokens.dims());
         let rows = self.tokens.clone().select(0, ids.reshape([batch * n]));
-        let embedded = rows.reshape([batch, n, d_model]);
+        let embedded = rows.cast(DType::F32).reshape([batch, n, d_model]);
         match self.scale {
             Some(scale) => embedded * scale,
             None => embedded,

@@ -14,7 +14,7 @@ impl Linear {
     /// `x`: `[n, d_in]`; result: `[n, d_out]`. Products stay two-dimensional: batched ones with
     /// few rows are ten times slower on the CPU backend.
     pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let y = x.matmul(self.weight.clone());
+        let y = kernels::linear(x, self.weight.clone());
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
