@@ -172,7 +172,12 @@ impl<'a, R: Read + Seek> Header<'a, R> {
             return Err(LoadError::TooLarge { path, what, limit: self.values_left, actual: len });
         }
         self.values_left -= len;
-        (0..len).map(|_| self.value(tag, key, depth)).collect()
+        // With the capacity known, since what grows by doubling takes three times its size.
+        let mut values = Vec::with_capacity(len as usize);
+        for _ in 0..len {
+            values.push(self.value(tag, key, depth)?);
+        }
+        Ok(values)
     }
 
     fn tensors(

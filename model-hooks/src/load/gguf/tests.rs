@@ -124,7 +124,7 @@ fn tiny_tensors() -> Vec<Tensor<'static>> {
 /// Everything that can be read of a file.
 fn read_all(bytes: &[u8]) -> Result<(Checkpoint, Vec<RawTensor>), LoadError> {
     let gguf = Gguf::read(Cursor::new(bytes.to_vec()), Path::new("tiny.gguf"))?;
-    let mut checkpoint = checkpoint(gguf)?;
+    let mut checkpoint = Checkpoint::from_gguf(gguf)?;
     let names = checkpoint.tensors.names();
     let tensors: Result<_, _> = names.iter().map(|name| checkpoint.tensors.tensor(name)).collect();
     Ok((checkpoint, tensors?))
