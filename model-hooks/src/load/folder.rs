@@ -43,11 +43,8 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint, LoadError> {
     let chat_template = ChatTemplate::from_hf(tokenizer_config.as_deref(), jinja.as_deref())
         .map_err(|source| {
             let name = match source {
-                TextError::TemplateUtf8 { .. } | TextError::TemplateSyntax { .. }
-                    if jinja.is_some() =>
-                {
-                    CHAT_TEMPLATE
-                }
+                TextError::TokenizerConfigJson { .. } => TOKENIZER_CONFIG,
+                _ if jinja.is_some() => CHAT_TEMPLATE,
                 _ => TOKENIZER_CONFIG,
             };
             LoadError::Text { path: folder.join(name), source }

@@ -77,6 +77,9 @@ pub enum TextError {
     /// Several templates, and none of them the default.
     #[error("no chat template is named `default`, but {actual:?}")]
     NoDefaultTemplate { actual: Vec<String> },
+    /// A template that is longer than any real one.
+    #[error("the chat template has {actual} bytes; at most {limit} are read")]
+    TemplateTooLong { limit: usize, actual: usize },
     /// A template that is no Jinja, or uses what is not built here.
     #[error("the chat template cannot be parsed")]
     TemplateSyntax { source: minijinja::Error },
