@@ -1,10 +1,15 @@
 //! How the values of a tensor are encoded, and how they become f32.
 
+mod k_quants;
+
 use std::io::{self, Read};
 
 use half::{bf16, f16};
+use k_quants::SUPER_BLOCK;
 
-/// An encoding of values: plain numbers, or ggml's blocks of 32 small integers with a scale.
+/// An encoding of values: plain numbers, ggml's blocks of 32 small integers with a scale, or its
+/// super-blocks of 256 (`K`).
+#[expect(non_camel_case_types, reason = "the names that ggml gives them")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Element {
     F64,
@@ -16,6 +21,11 @@ pub(super) enum Element {
     Q5_0,
     Q5_1,
     Q8_0,
+    Q2_K,
+    Q3_K,
+    Q4_K,
+    Q5_K,
+    Q6_K,
 }
 
 /// Values of one quantised block (`QK4_0` and its kin in ggml).
@@ -30,6 +40,7 @@ impl Element {
         match self {
             Self::F64 | Self::F32 | Self::F16 | Self::Bf16 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => BLOCK,
+            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K => SUPER_BLOCK,
         }
     }
 
@@ -44,6 +55,11 @@ impl Element {
             Self::Q5_0 => 6 + BLOCK / 2,
             Self::Q5_1 => 8 + BLOCK / 2,
             Self::Q8_0 => 2 + BLOCK,
+            Self::Q2_K => 4 + 16 + SUPER_BLOCK / 4,
+            Self::Q3_K => 2 + 12 + SUPER_BLOCK * 3 / 8,
+            Self::Q4_K => 4 + 12 + SUPER_BLOCK / 2,
+            Self::Q5_K => 4 + 12 + SUPER_BLOCK * 5 / 8,
+            Self::Q6_K => 2 + 16 + SUPER_BLOCK * 6 / 8,
         }
     }
 
@@ -84,6 +100,11 @@ impl Element {
             Self::Q5_0 => decode_blocks(bytes, values, decode_q5_0),
             Self::Q5_1 => decode_blocks(bytes, values, decode_q5_1),
             Self::Q8_0 => decode_blocks(bytes, values, decode_q8_0),
+            Self::Q2_K => decode_blocks(bytes, values, k_quants::decode_q2_k),
+            Self::Q3_K => decode_blocks(bytes, values, k_quants::decode_q3_k),
+            Self::Q4_K => decode_blocks(bytes, values, k_quants::decode_q4_k),
+            Self::Q5_K => decode_blocks(bytes, values, k_quants::decode_q5_k),
+            Self::Q6_K => decode_blocks(bytes, values, k_quants::decode_q6_k),
         }
     }
 }
@@ -95,13 +116,13 @@ fn decode_plain<const N: usize>(bytes: &[u8], values: &mut [f32], decode: impl F
     }
 }
 
-fn decode_blocks<const N: usize>(
+fn decode_blocks<const N_BYTES: usize, const LEN: usize>(
     bytes: &[u8],
     values: &mut [f32],
-    decode: impl Fn(&[u8; N], &mut [f32; BLOCK]),
+    decode: impl Fn(&[u8; N_BYTES], &mut [f32; LEN]),
 ) {
-    let (encoded, _) = bytes.as_chunks::<N>();
-    let (values, _) = values.as_chunks_mut::<BLOCK>();
+    let (encoded, _) = bytes.as_chunks::<N_BYTES>();
+    let (values, _) = values.as_chunks_mut::<LEN>();
     for (values, encoded) in values.iter_mut().zip(encoded) {
         decode(encoded, values);
     }

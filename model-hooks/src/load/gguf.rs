@@ -95,27 +95,28 @@ impl<R: Read + Seek> Gguf<R> {
     }
 }
 
-/// Opens a GGUF file as a language model.
-pub(super) fn open(path: &Path) -> Result<Checkpoint, LoadError> {
-    checkpoint(Gguf::open(path)?)
-}
+impl Checkpoint {
+    /// A GGUF file as a language model.
+    ///
+    /// # Errors
+    /// [`LoadError`] if the file contradicts itself, or belongs to a model that is not built here.
+    pub fn from_gguf<R: Read + Seek + 'static>(mut gguf: Gguf<R>) -> Result<Self, LoadError> {
+        let path = gguf.path.clone();
+        let evidence = llama::evidence(&mut gguf)?;
+        let config = ModelConfig::from_gguf(&gguf.metadata, &evidence)
+            .map_err(|source| LoadError::Config { path: path.clone(), source })?;
 
-fn checkpoint<R: Read + Seek + 'static>(mut gguf: Gguf<R>) -> Result<Checkpoint, LoadError> {
-    let path = gguf.path.clone();
-    let evidence = llama::evidence(&mut gguf)?;
-    let config = ModelConfig::from_gguf(&gguf.metadata, &evidence)
-        .map_err(|source| LoadError::Config { path: path.clone(), source })?;
-
-    let text = |source| LoadError::Text { path: path.clone(), source };
-    let tokenizer = Tokenizer::from_gguf(&gguf.metadata).map_err(text)?;
-    tokenizer.check_fits(&config).map_err(text)?;
-    let chat_template = ChatTemplate::from_gguf(&gguf.metadata).map_err(text)?;
-    Ok(Checkpoint {
-        tensors: Box::new(llama::HfNames::new(gguf, &config)?),
-        config,
-        tokenizer: Some(tokenizer),
-        chat_template,
-    })
+        let text = |source| LoadError::Text { path: path.clone(), source };
+        let tokenizer = Tokenizer::from_gguf(&gguf.metadata).map_err(text)?;
+        tokenizer.check_fits(&config).map_err(text)?;
+        let chat_template = ChatTemplate::from_gguf(&gguf.metadata).map_err(text)?;
+        Ok(Self {
+            tensors: Box::new(llama::HfNames::new(gguf, &config)?),
+            config,
+            tokenizer: Some(tokenizer),
+            chat_template,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -14,10 +14,10 @@ use std::time::Duration;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo};
 
-use super::LoadError;
 use super::folder::{
-    self, CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS,
+    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, INDEX, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS,
 };
+use super::{LoadError, ShardIndex};
 
 /// How long the hub may take to accept a connection. hf-hub itself would wait for minutes.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -67,9 +67,9 @@ fn fetch_folder(repo: &str) -> Result<PathBuf, LoadError> {
     if has(WEIGHTS) {
         hub.download(&remote, WEIGHTS)?;
     } else {
-        let index = hub.download(&remote, INDEX)?;
-        for shard in folder::shard_names(&index)? {
-            hub.download(&remote, &shard)?;
+        let index = ShardIndex::open(&hub.download(&remote, INDEX)?)?;
+        for shard in index.shards() {
+            hub.download(&remote, shard)?;
         }
     }
     Ok(parent(hub.download(&remote, CONFIG)?))
@@ -113,7 +113,8 @@ impl<'a> HubRepo<'a> {
         let has_weights = match self.cached(INDEX) {
             _ if has_all(&[WEIGHTS]) => true,
             Some(index) => {
-                folder::shard_names(&index)?.iter().all(|shard| self.cached(shard).is_some())
+                let index = ShardIndex::open(&index)?;
+                index.shards().into_iter().all(|shard| self.cached(shard).is_some())
             }
             None => false,
         };

@@ -11,6 +11,7 @@ mod folder;
 mod gguf;
 pub mod hub;
 mod safetensors;
+mod shard_index;
 
 use std::fmt;
 use std::fs::{self, File};
@@ -23,6 +24,7 @@ use crate::text::{ChatTemplate, Tokenizer};
 pub use error::LoadError;
 pub use gguf::{Gguf, Metadata, MetadataError, MetadataValue};
 pub use safetensors::Safetensors;
+pub use shard_index::ShardIndex;
 
 /// One tensor of a checkpoint, widened to f32, row-major, outermost dimension first.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +84,7 @@ pub fn open(path: &Path) -> Result<Checkpoint, LoadError> {
     let kind = fs::metadata(path).map_err(|source| LoadError::Io { path: path.into(), source })?;
     match kind.is_dir() {
         true => folder::open(path),
-        false => gguf::open(path),
+        false => Checkpoint::from_gguf(Gguf::open(path)?),
     }
 }
 

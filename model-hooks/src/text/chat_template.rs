@@ -1,6 +1,6 @@
 //! Lays out a conversation as the model was trained to read it.
 
-use std::io;
+use std::{io, thread};
 
 use minijinja::{Environment, Error, ErrorKind};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -9,6 +9,11 @@ use serde::{Deserialize, Serialize};
 use super::TextError;
 use crate::load::Metadata;
 
+/// Bytes of a template. gpt-oss, whose is among the longest, has 17 thousand.
+const MAX_TEMPLATE_BYTES: usize = 1 << 16;
+/// The stack for a template. minijinja goes one call deeper for every minus sign before a number,
+/// and for every operator of a chain: a call and more for each byte, a few hundred bytes each.
+const STACK_BYTES: usize = MAX_TEMPLATE_BYTES << 11;
 /// Instructions that one rendering may take: templates are foreign, and need some hundreds for
 /// each message.
 const MAX_STEPS: u64 = 10_000_000;
@@ -48,7 +53,8 @@ impl Message {
 /// A model's chat template: Jinja, as `transformers` runs it (its blocks trimmed, Python's string
 /// methods, `raise_exception`).
 ///
-/// A rendering is bounded in steps, in depth and in what it writes. `tojson`, which only the
+/// A rendering is bounded in steps, in depth and in what it writes, though not in memory: a template
+/// can double a text in a variable over and over, and minijinja has no limit for that. `tojson`, which only the
 /// templates of tools use, is left out, because its order of keys and its escapes are not Python's.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
@@ -61,15 +67,18 @@ impl ChatTemplate {
     /// Parses a template; the two tokens are what it may write at the ends of a text.
     ///
     /// # Errors
-    /// [`TextError::TemplateSyntax`] if it is no Jinja.
+    /// [`TextError::TemplateSyntax`] if it is no Jinja, [`TextError::TemplateTooLong`].
     pub fn new(
         source: String,
         bos_token: Option<String>,
         eos_token: Option<String>,
     ) -> Result<Self, TextError> {
+        if source.len() > MAX_TEMPLATE_BYTES {
+            let (limit, actual) = (MAX_TEMPLATE_BYTES, source.len());
+            return Err(TextError::TemplateTooLong { limit, actual });
+        }
         // Compiled at every rendering, since a compiled template cannot own its text.
-        environment()
-            .template_from_str(&source)
+        on_large_stack(|| environment().template_from_str(&source).map(drop))
             .map_err(|source| TextError::TemplateSyntax { source })?;
         Ok(Self { source, bos_token, eos_token })
     }
@@ -145,18 +154,29 @@ impl ChatTemplate {
             bos_token: self.bos_token.as_deref(),
             eos_token: self.eos_token.as_deref(),
         };
-        let mut output = Bounded(Vec::new());
-        let environment = environment();
-        environment
-            .template_from_str(&self.source)
-            .and_then(|template| template.render_captured_to(context, &mut output).map(drop))
-            .and_then(|()| {
-                String::from_utf8(output.0).map_err(|error| {
-                    Error::new(ErrorKind::BadEscape, "not UTF-8").with_source(error)
-                })
-            })
-            .map_err(|source| TextError::TemplateRender { source })
+        on_large_stack(|| {
+            let mut output = Bounded(Vec::new());
+            environment()
+                .template_from_str(&self.source)?
+                .render_captured_to(context, &mut output)?;
+            String::from_utf8(output.0)
+                .map_err(|error| Error::new(ErrorKind::BadEscape, "not UTF-8").with_source(error))
+        })
+        .map_err(|source| TextError::TemplateRender { source })
     }
+}
+
+/// Runs `f` where even the deepest template of [`MAX_TEMPLATE_BYTES`] does not overflow the stack.
+fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
+    thread::scope(|scope| {
+        let spawned = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, f);
+        let thread = spawned.map_err(|error| {
+            Error::new(ErrorKind::InvalidOperation, "no stack for the template").with_source(error)
+        })?;
+        // It panics on some templates, as on `[][::-1]`.
+        let panicked = || Error::new(ErrorKind::InvalidOperation, "minijinja panics on it");
+        thread.join().unwrap_or_else(|_| Err(panicked()))
+    })
 }
 
 /// The environment that `transformers` renders in.
@@ -293,6 +313,21 @@ assistant:
         }
         let parsed = render("{% for %}", &[]);
         assert!(matches!(parsed, Err(TextError::TemplateSyntax { .. })));
+    }
+
+    #[test]
+    fn what_minijinja_panics_on_is_an_error() {
+        // Panics as of minijinja 2.24.
+        let rendered = render("{% for message in messages[::-1] %}{% endfor %}", &[]);
+        assert!(matches!(rendered, Ok(_) | Err(TextError::TemplateRender { .. })));
+    }
+
+    #[test]
+    fn a_template_of_any_depth_is_refused_or_parsed() {
+        let minus = |n_bytes| format!("{{{{ {}1 }}}}", "-".repeat(n_bytes));
+        assert!(render(&minus(65_000), &[]).is_ok());
+        let error = render(&minus(66_000), &[]).unwrap_err();
+        assert!(matches!(error, TextError::TemplateTooLong { .. }), "{error}");
     }
 
     #[test]

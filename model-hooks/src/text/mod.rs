@@ -3,6 +3,7 @@
 mod chat_template;
 mod gguf_tokenizer;
 mod tokenizer;
+mod tokenizer_json;
 
 use thiserror::Error;
 
@@ -28,9 +29,9 @@ pub enum TextError {
     /// A token that would not get the id that the file states.
     #[error("the token {token:?} should have the id {expected}, and would have {actual:?}")]
     TokenId { token: String, expected: u32, actual: Option<u32> },
-    /// Tokens inside of words are spelt with a prefix, which no byte-level tokenizer does.
-    #[error("the tokenizer sets continuing_subword_prefix to {actual:?}, which is not supported")]
-    SubwordPrefix { actual: String },
+    /// A setting of `tokenizer.json` that is not built here, or makes no sense.
+    #[error("the tokenizer sets {setting} to {actual}, and should to {expected}")]
+    TokenizerSetting { setting: String, expected: &'static str, actual: String },
     /// A kind of GGUF tokenizer that is not built here.
     #[error(
         "unknown tokenizer model `{actual}`; `gpt2` (byte-level BPE) is supported, other models \
@@ -76,6 +77,9 @@ pub enum TextError {
     /// Several templates, and none of them the default.
     #[error("no chat template is named `default`, but {actual:?}")]
     NoDefaultTemplate { actual: Vec<String> },
+    /// A template that is longer than any real one.
+    #[error("the chat template has {actual} bytes; at most {limit} are read")]
+    TemplateTooLong { limit: usize, actual: usize },
     /// A template that is no Jinja, or uses what is not built here.
     #[error("the chat template cannot be parsed")]
     TemplateSyntax { source: minijinja::Error },

@@ -1,10 +1,10 @@
 //! Text to token ids and back.
 
-use serde::Deserialize;
-use tokenizers::Decoder;
 use tokenizers::decoders::DecoderWrapper;
+use tokenizers::{Decoder, PostProcessorWrapper};
 
 use super::TextError;
+use super::tokenizer_json::Stated;
 use crate::config::ModelConfig;
 
 /// A model's tokenizer.
@@ -27,19 +27,15 @@ impl Tokenizer {
         // First, because the inner tokenizer panics on what is not JSON.
         let stated: Stated = serde_json::from_slice(json)
             .map_err(|error| TextError::TokenizerJson { source: error.into() })?;
-        // It also panics on a merge that is shorter than this prefix. No language model sets it.
-        let Model { kind, continuing_subword_prefix: prefix } = stated.model;
-        if let Some(actual) = prefix.filter(|prefix| kind != "WordPiece" && !prefix.is_empty()) {
-            return Err(TextError::SubwordPrefix { actual });
-        }
+        stated.check()?;
         let inner = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|source| TextError::TokenizerJson { source })?;
         // It counts on from the vocabulary's size whatever id an added token states, which is
         // another one where the vocabulary has a hole.
-        for AddedToken { id: expected, content } in stated.added_tokens {
-            let actual = inner.token_to_id(&content);
+        for (token, expected) in stated.into_added_tokens() {
+            let actual = inner.token_to_id(&token);
             if actual != Some(expected) {
-                return Err(TextError::TokenId { token: content, expected, actual });
+                return Err(TextError::TokenId { token, expected, actual });
             }
         }
         Ok(Self::new(inner))
@@ -50,6 +46,8 @@ impl Tokenizer {
         inner.with_padding(None);
         // Fails only for a truncation with too long a stride.
         let _ = inner.with_truncation(None);
+        // It adds tokens, of which none are wanted, and a damaged one repeats the text or drops it.
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         // One more than the largest id: files may leave ids out.
         let n_vocab = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let added = inner.get_added_tokens_decoder();
@@ -141,27 +139,6 @@ impl Tokenizer {
     }
 }
 
-/// What a `tokenizer.json` states that the inner tokenizer does not check.
-#[derive(Deserialize)]
-struct Stated {
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    model: Model,
-}
-
-#[derive(Deserialize)]
-struct Model {
-    #[serde(rename = "type", default)]
-    kind: String,
-    continuing_subword_prefix: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct AddedToken {
-    id: u32,
-    content: String,
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -251,9 +228,5 @@ mod tests {
             let read = Tokenizer::from_json(json.as_bytes());
             assert!(matches!(read, Err(TextError::TokenizerJson { .. })), "{json}");
         }
-        let model = json!({"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"],
-            "continuing_subword_prefix": "##"});
-        let error = tiny(&[("model", model)]).unwrap_err();
-        assert!(matches!(error, TextError::SubwordPrefix { .. }), "{error}");
     }
 }

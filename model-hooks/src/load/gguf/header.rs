@@ -172,7 +172,12 @@ impl<'a, R: Read + Seek> Header<'a, R> {
             return Err(LoadError::TooLarge { path, what, limit: self.values_left, actual: len });
         }
         self.values_left -= len;
-        (0..len).map(|_| self.value(tag, key, depth)).collect()
+        // With the capacity known, since what grows by doubling takes three times its size.
+        let mut values = Vec::with_capacity(len as usize);
+        for _ in 0..len {
+            values.push(self.value(tag, key, depth)?);
+        }
+        Ok(values)
     }
 
     fn tensors(
@@ -235,7 +240,7 @@ impl<'a, R: Read + Seek> Header<'a, R> {
         let element = element(ggml_type).map_err(|actual| LoadError::TensorEncoding {
             path: path(),
             name: name.clone(),
-            supported: "F64, F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
+            supported: "F64, F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K",
             actual,
         })?;
         let shape: Result<Vec<usize>, _> = sizes.iter().map(|&size| size.try_into()).collect();
@@ -262,13 +267,14 @@ fn element(ggml_type: u32) -> Result<Element, String> {
         6 => Element::Q5_0,
         7 => Element::Q5_1,
         8 => Element::Q8_0,
+        10 => Element::Q2_K,
+        11 => Element::Q3_K,
+        12 => Element::Q4_K,
+        13 => Element::Q5_K,
+        14 => Element::Q6_K,
         28 => Element::F64,
         30 => Element::Bf16,
-        10 => return Err("Q2_K".into()),
-        11 => return Err("Q3_K".into()),
-        12 => return Err("Q4_K".into()),
-        13 => return Err("Q5_K".into()),
-        14 => return Err("Q6_K".into()),
+        15 => return Err("Q8_K".into()),
         20 => return Err("IQ4_NL".into()),
         23 => return Err("IQ4_XS".into()),
         39 => return Err("MXFP4".into()),

@@ -124,7 +124,7 @@ fn tiny_tensors() -> Vec<Tensor<'static>> {
 /// Everything that can be read of a file.
 fn read_all(bytes: &[u8]) -> Result<(Checkpoint, Vec<RawTensor>), LoadError> {
     let gguf = Gguf::read(Cursor::new(bytes.to_vec()), Path::new("tiny.gguf"))?;
-    let mut checkpoint = checkpoint(gguf)?;
+    let mut checkpoint = Checkpoint::from_gguf(gguf)?;
     let names = checkpoint.tensors.names();
     let tensors: Result<_, _> = names.iter().map(|name| checkpoint.tensors.tensor(name)).collect();
     Ok((checkpoint, tensors?))
@@ -241,7 +241,8 @@ fn impossible_tensors_are_refused() {
         refusal(&tiny_pairs(), &tensors)
     };
     let name = "blk.0.attn_v.weight";
-    assert!(with((name, 12, &[256], vec![0; 144])).contains("encoded as Q4_K; F64, F32"));
+    assert!(with((name, 20, &[32], vec![0; 18])).contains("encoded as IQ4_NL; F64, F32"));
+    assert!(with((name, 12, &[128, 2], vec![0; 144])).contains("rows of whole blocks of 256"));
     assert!(with((name, 99, &[1], vec![])).contains("ggml type 99"));
     assert!(with((name, 3, &[31, 32], vec![0; 640])).contains("rows of whole blocks of 32"));
     assert!(with((name, 0, &[], vec![])).contains("has 0 dimensions"));
