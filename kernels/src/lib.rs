@@ -10,7 +10,9 @@
 //! | [`top_k`] | none: the values are cut from the graph |
 //! | [`top_k_encode`] | sparse, at the selected entries |
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
-//! | [`sparse_dot`], [`linear`], [`dot_rows`], [`rms_norm`], [`layer_norm`], [`nonlinear`], [`gated`], [`rotary`], [`attention`] | through the plain default |
+//! | [`rms_norm`], [`nonlinear`], [`gated`], [`rotary`] | fused |
+//! | [`attention`] | fused without a prefix and a soft cap, else through the plain default |
+//! | [`sparse_dot`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
 //! | [`adam_step`] | none |
 
 mod autodiff;
@@ -19,6 +21,7 @@ mod flex;
 #[cfg(feature = "ndarray")]
 mod ndarray;
 mod ops;
+mod plain_attention;
 
 pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs};
 
@@ -188,7 +191,7 @@ pub fn gated(gate: Tensor<2>, up: Tensor<2>, nonlinearity: Nonlinearity) -> Tens
 }
 
 /// Rotary position embedding (Su et al., 2021): turns pairs of dimensions of every head. Dimensions
-/// past `2 · n_pairs` stay as they are.
+/// past `2 · n_pairs` stay as they are. The tables are constants: they get no gradient.
 ///
 /// # Shapes
 /// `x`: `[batch, pos, head, d_head]`, `cos` and `sin`: `[batch, pos, n_pairs]`.

@@ -7,6 +7,8 @@ use burn::backend::{Backend, TensorMetadata, backend_extension, get_or_init_devi
 use burn::tensor::{IndexingUpdateOp, Shape};
 use serde::{Deserialize, Serialize};
 
+use crate::plain_attention::{plain_attention, plain_attention_backward};
+
 /// The constants of an Adam step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamConfig {
@@ -229,6 +231,80 @@ pub trait KernelOps: Backend {
         Self::float_mul(Self::nonlinear(gate, nonlinearity), up)
     }
 
+    /// The derivative of [`nonlinear`](Self::nonlinear).
+    fn nonlinear_slope(x: FloatTensor<Self>, nonlinearity: Nonlinearity) -> FloatTensor<Self> {
+        let one_less = |t| Self::float_add_scalar(Self::float_neg(t), 1.0.into());
+        match nonlinearity {
+            Nonlinearity::Silu => {
+                let s = Self::sigmoid(x.clone());
+                let rise = Self::float_mul(x, one_less(s.clone()));
+                Self::float_mul(s, Self::float_add_scalar(rise, 1.0.into()))
+            }
+            Nonlinearity::Gelu => {
+                let erf = Self::float_erf(Self::float_mul_scalar(x.clone(), 0.5f64.sqrt().into()));
+                let below =
+                    Self::float_mul_scalar(Self::float_add_scalar(erf, 1.0.into()), 0.5.into());
+                let square = Self::float_mul(x.clone(), x.clone());
+                let density = Self::float_exp(Self::float_mul_scalar(square, (-0.5).into()));
+                let density = Self::float_mul_scalar(density, (1.0 / (2.0 * PI).sqrt()).into());
+                Self::float_add(below, Self::float_mul(x, density))
+            }
+            Nonlinearity::GeluTanh => {
+                let root: f64 = (2.0 / PI).sqrt();
+                let square = Self::float_mul(x.clone(), x.clone());
+                let cubic = Self::float_mul_scalar(square.clone(), 0.044715.into());
+                let inner = Self::float_mul(x.clone(), Self::float_add_scalar(cubic, 1.0.into()));
+                let t = Self::float_tanh(Self::float_mul_scalar(inner, root.into()));
+                let steep = Self::float_mul_scalar(square, (3.0 * 0.044715).into());
+                let steep = Self::float_mul_scalar(
+                    Self::float_add_scalar(steep, 1.0.into()),
+                    (0.5 * root).into(),
+                );
+                let bend = one_less(Self::float_mul(t.clone(), t.clone()));
+                let rise = Self::float_mul(Self::float_mul(x, bend), steep);
+                let half =
+                    Self::float_mul_scalar(Self::float_add_scalar(t, 1.0.into()), 0.5.into());
+                Self::float_add(half, rise)
+            }
+            Nonlinearity::Relu => {
+                let bools = get_or_init_device_settings::<Self>(&x.device()).bool_dtype;
+                let float = x.dtype().into();
+                let is_above = Self::float_greater_elem(x, 0.0.into(), bools);
+                Self::bool_into_float(is_above, float)
+            }
+        }
+    }
+
+    /// Gradients of [`gated`](Self::gated), for `gate` and for `up`.
+    fn gated_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        nonlinearity: Nonlinearity,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let slope = Self::nonlinear_slope(gate.clone(), nonlinearity);
+        let of_gate = Self::float_mul(Self::float_mul(grad.clone(), up), slope);
+        (of_gate, Self::float_mul(grad, Self::nonlinear(gate, nonlinearity)))
+    }
+
+    /// Gradient of [`rms_norm`](Self::rms_norm) for `x`: with `g = grad ⊙ gain` and the divisor `s`,
+    /// `g / s − x · mean(g ⊙ x) / s³`.
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        epsilon: f64,
+        grad: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let d = x.shape()[1];
+        let mean = Self::float_mean_dim(Self::float_mul(x.clone(), x.clone()), 1);
+        let scale = Self::float_sqrt(Self::float_add_scalar(mean, epsilon.into()));
+        let grad = Self::float_mul(grad, Self::float_reshape(gain, Shape::new([1, d])));
+        let along = Self::float_mean_dim(Self::float_mul(grad.clone(), x.clone()), 1);
+        let cube = Self::float_mul(Self::float_mul(scale.clone(), scale.clone()), scale.clone());
+        let along = Self::float_mul(x, Self::float_div(along, cube));
+        Self::float_sub(Self::float_div(grad, scale), along)
+    }
+
     fn rotary(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -282,84 +358,20 @@ pub trait KernelOps: Backend {
         first_column: IntTensor<Self>,
         config: AttentionConfig,
     ) -> FloatTensor<Self> {
-        let AttentionConfig { scale, soft_cap, window } = config;
-        let [batch, n, n_heads, d_head]: [usize; 4] = dims(&q);
-        let [_, prefix, n_kv_heads, _]: [usize; 4] = dims(&prefix_k);
-        let [_, own, _, _]: [usize; 4] = dims(&k);
-        let (group, total) = (n_heads / n_kv_heads, prefix + own);
-        let device = q.device();
-        let settings = get_or_init_device_settings::<Self>(&device);
+        plain_attention::<Self>(q, [prefix_k, prefix_v], [k, v], first_column, config)
+    }
 
-        // [batch, kv_head, group · n, d_head] against [batch, kv_head, total, d_head].
-        let joined = |shared: FloatTensor<Self>, own: FloatTensor<Self>| {
-            let all = match prefix {
-                0 => own,
-                _ => {
-                    let shape = Shape::new([batch, prefix, n_kv_heads, d_head]);
-                    Self::float_cat(vec![Self::float_expand(shared, shape), own], 1)
-                }
-            };
-            Self::float_swap_dims(all, 1, 2)
-        };
-        let (k, v) = (joined(prefix_k, k), joined(prefix_v, v));
-        let q = Self::float_reshape(q, Shape::new([batch, n, n_kv_heads, group, d_head]));
-        let q = Self::float_permute(q, &[0, 2, 3, 1, 4]);
-        let q = Self::float_reshape(q, Shape::new([batch, n_kv_heads, group * n, d_head]));
-        let scores = Self::float_matmul(q, Self::float_swap_dims(k, 2, 3));
-        let scores = Self::float_mul_scalar(scores, scale.into());
-        let scores = match soft_cap {
-            Some(cap) => {
-                let squashed = Self::float_tanh(Self::float_mul_scalar(scores, (1.0 / cap).into()));
-                Self::float_mul_scalar(squashed, cap.into())
-            }
-            None => scores,
-        };
-        let scores = Self::float_reshape(scores, Shape::new([batch, n_kv_heads, group, n, total]));
-
-        // hidden[b, 0, 0, i, c]: the column is padding, comes after the query, or lies too far back.
-        let int = settings.int_dtype;
-        let bool_dtype = settings.bool_dtype;
-        let column = Self::int_reshape(
-            Self::int_arange(0..total as i64, &device, int),
-            Shape::new([1, 1, 1, 1, total]),
-        );
-        let query = Self::int_reshape(
-            Self::int_arange((total - n) as i64..total as i64, &device, int),
-            Shape::new([1, 1, 1, n, 1]),
-        );
-        let first =
-            Self::int_reshape(Self::int_cast(first_column, int), Shape::new([batch, 1, 1, n, 1]));
-        let shape = Shape::new([batch, n_kv_heads, group, n, total]);
-        let expand = |t| Self::int_expand(t, shape.clone());
-        let (column, query, first) = (expand(column), expand(query), expand(first));
-        let after = Self::int_greater(column.clone(), query.clone(), bool_dtype);
-        let is_own =
-            Self::int_greater_equal_elem(column.clone(), (prefix as i64).into(), bool_dtype);
-        let own_first = Self::int_add_scalar(first.clone(), (prefix as i64).into());
-        let before = Self::int_lower(column.clone(), own_first, bool_dtype);
-        let hidden = Self::bool_or(after, Self::bool_and(before, is_own.clone()));
-        let hidden = match window {
-            Some(window) => {
-                // Between a prefix key and the query lie no padding columns.
-                let gap = Self::int_mask_fill(first, is_own, 0.into());
-                let distance = Self::int_sub(Self::int_sub(query, column), gap);
-                let far =
-                    Self::int_greater_equal_elem(distance, (window as i64).into(), bool_dtype);
-                Self::bool_or(hidden, far)
-            }
-            None => hidden,
-        };
-
-        // A finite fill keeps rows that see nothing free of NaN; the second fill zeroes them.
-        let scores = Self::float_mask_fill(scores, hidden.clone(), (-1e30f32).into());
-        let pattern = softmax::<Self>(scores, 4);
-        let pattern = Self::float_mask_fill(pattern, hidden, 0f32.into());
-        let pattern =
-            Self::float_reshape(pattern, Shape::new([batch, n_kv_heads, group * n, total]));
-        let z = Self::float_matmul(pattern, v);
-        let z = Self::float_reshape(z, Shape::new([batch, n_kv_heads, group, n, d_head]));
-        let z = Self::float_permute(z, &[0, 3, 1, 2, 4]);
-        Self::float_reshape(z, Shape::new([batch, n, n_heads, d_head]))
+    /// Gradients of [`attention`](Self::attention) without a prefix and a soft cap, for queries,
+    /// keys and values.
+    fn attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        first_column: IntTensor<Self>,
+        config: AttentionConfig,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        plain_attention_backward::<Self>([q, k, v], first_column, config, grad)
     }
 
     fn adam_step(
@@ -422,11 +434,4 @@ fn gather_rows<B: Backend>(rows: FloatTensor<B>, indices: IntTensor<B>) -> Float
     let ([n, k], d) = (dims(&indices), rows.shape()[1]);
     let flat = B::int_reshape(indices, Shape::new([n * k]));
     B::float_reshape(B::float_select(rows, 0, flat), Shape::new([n, k, d]))
-}
-
-fn softmax<B: Backend>(scores: FloatTensor<B>, dim: usize) -> FloatTensor<B> {
-    let max = B::float_detach(B::float_max_dim(scores.clone(), dim));
-    let exp = B::float_exp(B::float_sub(scores, max));
-    let sum = B::float_sum_dim(exp.clone(), dim);
-    B::float_div(exp, sum)
 }

@@ -53,6 +53,20 @@ fn some_indices(n: usize, k: usize, m: usize, seed: u64, device: &Device) -> Ten
     Tensor::from_data(TensorData::new(picked, [n, k]), device)
 }
 
+/// The non-linearities by their definitions.
+fn written_out(x: Tensor<2>, f: Nonlinearity) -> Tensor<2> {
+    match f {
+        Nonlinearity::Silu => x.clone() / ((-x).exp() + 1.0),
+        Nonlinearity::Gelu => x.clone() * ((x * 0.5f64.sqrt()).erf() + 1.0) * 0.5,
+        Nonlinearity::GeluTanh => {
+            let inner = (x.clone() + x.clone().powi_scalar(3) * 0.044715)
+                * (2.0 / std::f64::consts::PI).sqrt();
+            x * (inner.tanh() + 1.0) * 0.5
+        }
+        _ => burn::tensor::activation::relu(x),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -111,21 +125,107 @@ proptest! {
         assert_close(rows.grad(&grads).unwrap(), pr.grad(&plain_grads).unwrap());
     }
 
-    // The autodiff device runs the plain defaults, so the same call on it is the oracle.
     #[test]
-    fn transformer_kernels_match_their_defaults(n in 1..30usize, d in 1..40usize, seed: u64) {
-        let (fast, plain) = (device(), device().autodiff());
-        let pair = |salt| (noise::<2>([n, d], seed ^ salt, &fast) * 4.0, noise::<2>([n, d], seed ^ salt, &plain) * 4.0);
-        let ((a, pa), (b, pb)) = (pair(1), pair(2));
-        let gain = |device| noise::<1>([d], seed ^ 3, device);
-        assert_close(kernels::rms_norm(a.clone(), gain(&fast), 1e-5), kernels::rms_norm(pa.clone(), gain(&plain), 1e-5).inner());
-        let norm = |x, device| kernels::layer_norm(x, gain(device), noise([d], seed ^ 4, device), 1e-5);
-        assert_close(norm(a.clone(), &fast), norm(pa.clone(), &plain).inner());
+    fn gradients_of_rows_match_written_out_tensors(n in 1..12usize, d in 1..40usize, seed: u64) {
+        let device = device().autodiff();
+        let leaf = |salt| (noise::<2>([n, d], seed ^ salt, &device) * 3.0).detach().require_grad();
+        let weight = noise::<2>([n, d], seed ^ 9, &device);
         for f in [Nonlinearity::Silu, Nonlinearity::Gelu, Nonlinearity::GeluTanh, Nonlinearity::Relu] {
-            assert_close(kernels::nonlinear(a.clone(), f), kernels::nonlinear(pa.clone(), f).inner());
-            let gated = kernels::gated(a.clone(), b.clone(), f);
-            assert_close(gated, kernels::gated(pa.clone(), pb.clone(), f).inner());
+            let (gate, up) = (leaf(1), leaf(2));
+            let grads = (kernels::gated(gate.clone(), up.clone(), f) * weight.clone()).sum().backward();
+            let (pg, pu) = (gate.clone().detach().require_grad(), up.clone().detach().require_grad());
+            let out = written_out(pg.clone(), f) * pu.clone();
+            assert_close(kernels::gated(gate.clone(), up.clone(), f), out.clone());
+            let plain = (out * weight.clone()).sum().backward();
+            assert_close(gate.grad(&grads).unwrap(), pg.grad(&plain).unwrap());
+            assert_close(up.grad(&grads).unwrap(), pu.grad(&plain).unwrap());
+            let grads = (kernels::nonlinear(gate.clone(), f) * weight.clone()).sum().backward();
+            let plain = (written_out(pg.clone(), f) * weight.clone()).sum().backward();
+            assert_close(gate.grad(&grads).unwrap(), pg.grad(&plain).unwrap());
         }
+        let (x, gain) = (leaf(3), noise::<1>([d], seed ^ 4, &device).require_grad());
+        let grads = (kernels::rms_norm(x.clone(), gain.clone(), 1e-3) * weight.clone()).sum().backward();
+        let (px, pg) = (x.clone().detach().require_grad(), gain.clone().detach().require_grad());
+        let scale = (px.clone().square().mean_dim(1) + 1e-3).sqrt();
+        let plain = px.clone() / scale * pg.clone().unsqueeze();
+        assert_close(kernels::rms_norm(x.clone(), gain.clone(), 1e-3), plain.clone());
+        let plain = (plain * weight).sum().backward();
+        assert_close(x.grad(&grads).unwrap(), px.grad(&plain).unwrap());
+        assert_close(gain.grad(&grads).unwrap(), pg.grad(&plain).unwrap());
+    }
+
+    #[test]
+    fn gradients_of_heads_match_written_out_tensors(
+        batch in 1..3usize, n in 1..20usize, past in 0..9usize, kv_heads in 1..3usize,
+        group in 1..4usize, wide: bool, window in prop::option::of(1..12usize), seed: u64,
+    ) {
+        let (device, d_head) = (device().autodiff(), if wide { 16 } else { 6 });
+        let own = past + n;
+        let leaf = |shape: [usize; 4], salt| (noise::<4>(shape, seed ^ salt, &device) * 2.0).detach().require_grad();
+        let q = leaf([batch, n, kv_heads * group, d_head], 1);
+        let (k, v) = (leaf([batch, own, kv_heads, d_head], 2), leaf([batch, own, kv_heads, d_head], 3));
+        let weight = noise::<4>(q.dims(), seed ^ 4, &device);
+        let first = |row: usize| (seed >> row) as usize % (own + 1);
+        let firsts: Vec<i64> = (0..batch).flat_map(|row| vec![first(row) as i64; n]).collect();
+        let firsts = Tensor::from_data(TensorData::new(firsts, [batch, n]), &device);
+        let config = AttentionConfig { scale: 0.4, soft_cap: None, window };
+        let key_values = KeyValues { prefix: None, own: (k.clone(), v.clone()) };
+        let z = kernels::attention(q.clone(), key_values.clone(), firsts.clone(), config);
+        let grads = (z * weight.clone()).sum().backward();
+
+        let again = |x: &Tensor<4>| x.clone().detach().require_grad();
+        let (pq, pk, pv) = (again(&q), again(&k), again(&v));
+        // One head at a time, and a mask made by hand.
+        let mut total = Tensor::<1>::zeros([1], &device);
+        for row in 0..batch {
+            let seen = |i: usize, c: usize| {
+                let column = past + i;
+                first(row) <= c && c <= column && window.is_none_or(|w| column - c < w)
+            };
+            let mask: Vec<f32> =
+                (0..n).flat_map(|i| (0..own).map(move |c| f32::from(seen(i, c)))).collect();
+            let mask = Tensor::<2>::from_data(TensorData::new(mask, [n, own]), &device);
+            for head in 0..kv_heads * group {
+                let pick = |x: &Tensor<4>, head: usize| {
+                    let [_, len, _, _] = x.dims();
+                    x.clone().narrow(0, row, 1).narrow(2, head, 1).reshape([len, d_head])
+                };
+                let (q, k, v) = (pick(&pq, head), pick(&pk, head / group), pick(&pv, head / group));
+                let weights = (q.matmul(k.transpose()) * 0.4).exp() * mask.clone();
+                let z = (weights.clone() / (weights.sum_dim(1) + 1e-16)).matmul(v);
+                total = total + (z * pick(&weight, head)).sum();
+            }
+        }
+        assert_close((kernels::attention(q.clone(), key_values, firsts, config) * weight.clone()).sum(), total.clone());
+        let plain = total.backward();
+        for (x, p) in [(&q, &pq), (&k, &pk), (&v, &pv)] {
+            assert_close(x.grad(&grads).unwrap(), p.grad(&plain).unwrap());
+        }
+
+        let angles = noise::<3>([batch, n, d_head / 2], seed ^ 5, &device) * 9.0;
+        let (cos, sin) = (angles.clone().cos().detach(), angles.sin().detach());
+        let turned = kernels::rotary(q.clone(), cos.clone(), sin.clone(), RotaryPairs::Halves);
+        let grads = (turned * weight.clone()).sum().backward();
+        let half = |x: &Tensor<4>, from| x.clone().narrow(3, from, d_head / 2);
+        let table = |t: Tensor<3>| t.unsqueeze_dim::<4>(2);
+        let (a, b) = (half(&pq, 0), half(&pq, d_head / 2));
+        let (cos, sin) = (table(cos), table(sin));
+        let turned = Tensor::cat(vec![
+            a.clone() * cos.clone() - b.clone() * sin.clone(),
+            b * cos + a * sin,
+        ], 3);
+        let plain = (turned * weight).sum().backward();
+        assert_close(q.grad(&grads).unwrap(), pq.grad(&plain).unwrap());
+    }
+
+    // What has no fused gradient runs its plain default on the autodiff device.
+    #[test]
+    fn layer_norm_matches_its_default(n in 1..30usize, d in 1..40usize, seed: u64) {
+        let run = |device: &Device| {
+            let row = |salt| noise::<1>([d], seed ^ salt, device);
+            kernels::layer_norm(noise([n, d], seed, device) * 4.0, row(3), row(4), 1e-5)
+        };
+        assert_close(run(&device()), run(&device().autodiff()).inner());
     }
 
     #[test]
@@ -150,16 +250,28 @@ proptest! {
     }
 
     #[test]
-    fn rotary_matches_its_default(
+    fn rotary_is_complex_multiplication(
         batch in 1..4usize, pos in 1..6usize, heads in 1..4usize, half in 1..9usize, rest in 0..4usize, seed: u64,
     ) {
+        let device = device();
+        let d_head = 2 * half + rest;
+        let angles = noise::<3>([batch, pos, half], seed, &device) * 9.0;
+        let x = noise([batch, pos, heads, d_head], seed ^ 1, &device);
         for pairs in [RotaryPairs::Halves, RotaryPairs::Neighbours] {
-            let run = |device: &Device| {
-                let angles = noise::<3>([batch, pos, half], seed, device) * 9.0;
-                let x = noise([batch, pos, heads, 2 * half + rest], seed ^ 1, device);
-                kernels::rotary(x, angles.clone().cos(), angles.sin(), pairs)
-            };
-            assert_close(run(&device()), run(&device().autodiff()).inner());
+            let turned = kernels::rotary(x.clone(), angles.clone().cos(), angles.clone().sin(), pairs);
+            let (mut expected, angles) = (floats(x.clone()), floats(angles.clone()));
+            for (i, head) in expected.chunks_mut(d_head).enumerate() {
+                for (pair, angle) in angles[i / heads * half..][..half].iter().enumerate() {
+                    let (a, b) = match pairs {
+                        RotaryPairs::Halves => (pair, pair + half),
+                        RotaryPairs::Neighbours => (2 * pair, 2 * pair + 1),
+                    };
+                    let (sin, cos) = angle.sin_cos();
+                    (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[a] * sin + head[b] * cos);
+                }
+            }
+            let expected = TensorData::new(expected, [batch, pos, heads, d_head]);
+            assert_close(turned, Tensor::from_data(expected, &device));
         }
     }
 

@@ -12,7 +12,7 @@ const PACK_FROM: usize = 16;
 
 /// Keys or values of one key head in one part of the cache: `n` vectors, `stride` apart.
 #[derive(Clone, Copy)]
-struct Vectors<'a> {
+pub(super) struct Vectors<'a> {
     data: &'a [f32],
     stride: usize,
     n: usize,
@@ -21,7 +21,12 @@ struct Vectors<'a> {
 
 impl<'a> Vectors<'a> {
     /// Of row `row` and head `head` in a `[batch, n, n_heads, d_head]` buffer.
-    fn new(data: &'a [f32], [_, n, n_heads, d_head]: [usize; 4], row: usize, head: usize) -> Self {
+    pub(super) fn new(
+        data: &'a [f32],
+        [_, n, n_heads, d_head]: [usize; 4],
+        row: usize,
+        head: usize,
+    ) -> Self {
         let stride = n_heads * d_head;
         let from = (row * n * stride + head * d_head).min(data.len());
         Self { data: &data[from..], stride, n, d_head }
@@ -99,30 +104,30 @@ pub(super) fn attention(
 }
 
 /// A query, its own column, and the first own column that it may see.
-struct Query<'a> {
-    vector: &'a [f32],
-    column: usize,
-    first: usize,
+pub(super) struct Query<'a> {
+    pub(super) vector: &'a [f32],
+    pub(super) column: usize,
+    pub(super) first: usize,
 }
 
 /// The keys and values one task works on; index 0 is the shared prefix, 1 the row's own part.
-struct Head<'a> {
-    keys: [Vectors<'a>; 2],
-    values: [Vectors<'a>; 2],
-    config: &'a AttentionConfig,
+pub(super) struct Head<'a> {
+    pub(super) keys: [Vectors<'a>; 2],
+    pub(super) values: [Vectors<'a>; 2],
+    pub(super) config: &'a AttentionConfig,
 }
 
 impl Head<'_> {
     fn attend(&self, rows: &[Query<'_>], z: &mut [f32]) {
         let prefix = self.keys[0].n;
         let total = prefix + self.keys[1].n;
-        let packed = (rows.len() >= PACK_FROM).then(|| self.pack_keys(total));
+        let packed = (rows.len() >= PACK_FROM).then(|| pack(&self.keys));
         let mut scores = vec![0f32; total];
         for (query, z) in rows.iter().zip(z.chunks_exact_mut(self.keys[1].d_head)) {
             let seen = prefix + query.column + 1;
             let scores = &mut scores[..seen];
             match &packed {
-                Some(keys) => packed_scores(query.vector, keys, total, scores),
+                Some(keys) => row_scores(query.vector, keys, total, scores),
                 None => plain_scores(query.vector, &self.keys, scores),
             }
             let (prefix_hidden, own_hidden) = self.hidden(query);
@@ -142,7 +147,7 @@ impl Head<'_> {
 
     /// How many columns at the start of the prefix, and of the row's own part, the query does not
     /// see: padding, another text, or out of its window.
-    fn hidden(&self, query: &Query<'_>) -> (usize, usize) {
+    pub(super) fn hidden(&self, query: &Query<'_>) -> (usize, usize) {
         let &Query { column, first, .. } = query;
         let Some(window) = self.config.window else { return (0, first) };
         let prefix = self.keys[0].n;
@@ -151,22 +156,28 @@ impl Head<'_> {
         (lowest.min(prefix), first.max((column + 1).saturating_sub(window)))
     }
 
-    /// All keys as `[d_head, total]`.
-    fn pack_keys(&self, total: usize) -> Vec<f32> {
-        let mut packed = vec![0f32; self.keys[1].d_head * total];
-        let all = self.keys.iter().flat_map(|part| (0..part.n).map(|i| part.get(i)));
-        for (column, key) in all.enumerate() {
-            for (dim, &x) in key.iter().enumerate() {
-                packed[dim * total + column] = x;
-            }
-        }
-        packed
+    /// Keys and values, each as `[d_head, total]`.
+    pub(super) fn pack_both(&self) -> [Vec<f32>; 2] {
+        [pack(&self.keys), pack(&self.values)]
     }
+}
+
+/// All vectors as `[d_head, total]`.
+fn pack(parts: &[Vectors<'_>; 2]) -> Vec<f32> {
+    let total = parts[0].n + parts[1].n;
+    let mut packed = vec![0f32; parts[1].d_head * total];
+    let all = parts.iter().flat_map(|part| (0..part.n).map(|i| part.get(i)));
+    for (column, vector) in all.enumerate() {
+        for (dim, &x) in vector.iter().enumerate() {
+            packed[dim * total + column] = x;
+        }
+    }
+    packed
 }
 
 multiversion! {
     /// `query · keys` over packed keys, four dimensions at a time.
-    fn packed_scores(query: &[f32], keys: &[f32], total: usize, scores: &mut [f32]) {
+    pub(super) fn row_scores(query: &[f32], keys: &[f32], total: usize, scores: &mut [f32]) {
         scores.fill(0.0);
         let n_fours = query.len() / 4 * 4;
         for dim in (0..n_fours).step_by(4) {
@@ -200,7 +211,7 @@ multiversion! {
 
 multiversion! {
     /// Scales, then exponentiates and normalises; a row of −∞ becomes zeros.
-    fn softmax(scores: &mut [f32], scale: f32) {
+    pub(super) fn softmax(scores: &mut [f32], scale: f32) {
         let max = max(scores);
         if max == f32::NEG_INFINITY {
             scores.fill(0.0);
@@ -219,7 +230,7 @@ multiversion! {
 
 multiversion! {
     /// `z = weights · values`, four columns at a time.
-    fn weighted_sum(weights: &[f32], values: &[Vectors<'_>; 2], z: &mut [f32]) {
+    pub(super) fn weighted_sum(weights: &[f32], values: &[Vectors<'_>; 2], z: &mut [f32]) {
         z.fill(0.0);
         let mut start = 0;
         for part in values {
@@ -234,6 +245,15 @@ multiversion! {
                 add_scaled(z, weight, part.get(i));
             }
             start += n;
+        }
+    }
+}
+
+multiversion! {
+    /// `rows[i] += weights[i] · x`.
+    pub(super) fn add_to_rows(rows: &mut [f32], weights: &[f32], x: &[f32]) {
+        for (row, &weight) in rows.chunks_exact_mut(x.len()).zip(weights) {
+            add_scaled(row, weight, x);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod adam;
 mod attention;
+mod attention_backward;
 mod dense;
 mod nonlinear;
 mod rowwise;
@@ -82,6 +83,34 @@ impl KernelOps for Flex {
         config: AttentionConfig,
     ) -> Float {
         attention::attention(q, (prefix_k, prefix_v), (k, v), first_column, &config)
+    }
+
+    fn nonlinear_slope(x: Float, nonlinearity: Nonlinearity) -> Float {
+        nonlinear::slope(x, nonlinearity)
+    }
+
+    fn gated_backward(
+        gate: Float,
+        up: Float,
+        nonlinearity: Nonlinearity,
+        grad: Float,
+    ) -> (Float, Float) {
+        nonlinear::gated_backward(gate, up, nonlinearity, grad)
+    }
+
+    fn rms_norm_backward(x: Float, gain: Float, epsilon: f64, grad: Float) -> Float {
+        rowwise::rms_norm_backward(x, gain, epsilon, grad)
+    }
+
+    fn attention_backward(
+        q: Float,
+        k: Float,
+        v: Float,
+        first_column: Int,
+        config: AttentionConfig,
+        grad: Float,
+    ) -> (Float, Float, Float) {
+        attention_backward::attention_backward(q, k, v, first_column, &config, grad)
     }
 
     fn adam_step(

@@ -34,6 +34,47 @@ pub(super) fn gated(gate: Float, up: Float, nonlinearity: Nonlinearity) -> Float
     new_floats(out, shape)
 }
 
+pub(super) fn slope(x: Float, nonlinearity: Nonlinearity) -> Float {
+    let shape: [usize; 2] = dims(&x);
+    let x = packed(x);
+    let mut out = floats(&x).to_vec();
+    out.par_chunks_mut(TASK).for_each(|out| apply_slope(out, nonlinearity));
+    new_floats(out, shape)
+}
+
+pub(super) fn gated_backward(
+    gate: Float,
+    up: Float,
+    nonlinearity: Nonlinearity,
+    grad: Float,
+) -> (Float, Float) {
+    let shape: [usize; 2] = dims(&gate);
+    let [gate, up, grad] = [gate, up, grad].map(packed);
+    let (gate, up, grad) = (floats(&gate), floats(&up), floats(&grad));
+    let (mut of_gate, mut of_up) = (gate.to_vec(), gate.to_vec());
+    of_gate
+        .par_chunks_mut(TASK)
+        .zip(of_up.par_chunks_mut(TASK))
+        .zip(up.par_chunks(TASK).zip(grad.par_chunks(TASK)))
+        .for_each(|((of_gate, of_up), (up, grad))| {
+            apply_slope(of_gate, nonlinearity);
+            mul(of_gate, up);
+            mul(of_gate, grad);
+            apply(of_up, nonlinearity);
+            mul(of_up, grad);
+        });
+    (new_floats(of_gate, shape), new_floats(of_up, shape))
+}
+
+fn apply_slope(x: &mut [f32], nonlinearity: Nonlinearity) {
+    match nonlinearity {
+        Nonlinearity::Silu => silu_slope(x),
+        Nonlinearity::Gelu => gelu_slope(x),
+        Nonlinearity::GeluTanh => gelu_tanh_slope(x),
+        Nonlinearity::Relu => x.iter_mut().for_each(|x| *x = f32::from(*x > 0.0)),
+    }
+}
+
 fn apply(x: &mut [f32], nonlinearity: Nonlinearity) {
     match nonlinearity {
         Nonlinearity::Silu => silu(x),
@@ -81,6 +122,38 @@ multiversion! {
         const ROOT: f32 = 0.797_884_6;
         for x in x {
             *x *= 0.5 * (1.0 + tanh(ROOT * (*x + 0.044_715 * *x * *x * *x)));
+        }
+    }
+}
+
+multiversion! {
+    fn silu_slope(x: &mut [f32]) {
+        for x in x {
+            let s = 1.0 / (1.0 + exp(-*x));
+            *x = s * (1.0 + *x * (1.0 - s));
+        }
+    }
+}
+
+multiversion! {
+    fn gelu_slope(x: &mut [f32]) {
+        // 1/√(2π).
+        const PEAK: f32 = 0.398_942_3;
+        for x in x {
+            let below = 0.5 * (1.0 + erf(*x * std::f32::consts::FRAC_1_SQRT_2));
+            *x = below + *x * PEAK * exp(-0.5 * *x * *x);
+        }
+    }
+}
+
+multiversion! {
+    fn gelu_tanh_slope(x: &mut [f32]) {
+        const ROOT: f32 = 0.797_884_6;
+        for x in x {
+            let square = *x * *x;
+            let t = tanh(ROOT * *x * (1.0 + 0.044_715 * square));
+            let steep = 0.5 * ROOT * (1.0 + 3.0 * 0.044_715 * square);
+            *x = 0.5 * (1.0 + t) + *x * (1.0 - t * t) * steep;
         }
     }
 }

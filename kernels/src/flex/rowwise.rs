@@ -21,6 +21,18 @@ pub(super) fn rms_norm(x: Float, gain: Float, epsilon: f64) -> Float {
     new_floats(out, [n, d])
 }
 
+pub(super) fn rms_norm_backward(x: Float, gain: Float, epsilon: f64, grad: Float) -> Float {
+    let [n, d] = dims(&x);
+    let [x, gain, grad] = [x, gain, grad].map(packed);
+    let (x, gain, grad) = (floats(&x), floats(&gain), floats(&grad));
+    let mut out = vec![0f32; n * d];
+    out.par_chunks_mut(d)
+        .zip(x.par_chunks(d).zip(grad.par_chunks(d)))
+        .with_min_len(TASK.div_ceil(d))
+        .for_each(|(out, (x, grad))| norm_row_backward(out, x, gain, grad, epsilon));
+    new_floats(out, [n, d])
+}
+
 pub(super) fn layer_norm(x: Float, gain: Float, bias: Float, epsilon: f64) -> Float {
     let [n, d] = dims(&x);
     let [x, gain, bias] = [x, gain, bias].map(packed);
@@ -56,6 +68,22 @@ multiversion! {
         let scale = (1.0 / (mean + epsilon).sqrt()) as f32;
         for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
             *out = x * scale * gain;
+        }
+    }
+}
+
+multiversion! {
+    fn norm_row_backward(out: &mut [f32], x: &[f32], gain: &[f32], grad: &[f32], epsilon: f64) {
+        let d = x.len() as f64;
+        let mean = f64::from(dot(x, x)) / d;
+        let scale = 1.0 / (mean + epsilon).sqrt();
+        for ((out, &grad), &gain) in out.iter_mut().zip(grad).zip(gain) {
+            *out = grad * gain;
+        }
+        let along = (f64::from(dot(out, x)) / d * scale * scale * scale) as f32;
+        let scale = scale as f32;
+        for (out, &x) in out.iter_mut().zip(x) {
+            *out = *out * scale - x * along;
         }
     }
 }

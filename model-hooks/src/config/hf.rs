@@ -288,4 +288,79 @@ mod tests {
         });
         assert_eq!(rope(json!({"rope_scaling": factors})), expected);
     }
+
+    /// Configs as they are published, by transformers 4.
+    #[test]
+    fn real_models_have_the_shapes_that_they_are_known_for() {
+        let read = |config: Value| {
+            ModelConfig::from_hf(&serde_json::to_vec(&config).unwrap(), None).unwrap()
+        };
+        let phi3 = |extra: Value| {
+            let mut config = json!({
+                "_name_or_path": "Phi-3-mini", "architectures": ["Phi3ForCausalLM"],
+                "attention_dropout": 0.0, "bos_token_id": 1, "embd_pdrop": 0.0,
+                "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 3072,
+                "initializer_range": 0.02, "intermediate_size": 8192, "model_type": "phi3",
+                "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+                "original_max_position_embeddings": 4096, "pad_token_id": 32000,
+                "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+                "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+                "transformers_version": "4.40.2", "use_cache": true, "attention_bias": false,
+                "vocab_size": 32064,
+            });
+            let fields = config.as_object_mut().unwrap();
+            fields.extend(extra.as_object().unwrap().clone());
+            read(config)
+        };
+        let short = phi3(json!({"max_position_embeddings": 4096, "rope_scaling": null,
+            "sliding_window": 2047}));
+        assert_eq!((short.attention.d_head, short.attention.window(31)), (96, Some(2047)));
+        assert_eq!(short.attention.rope.unwrap(), RopeConfig::new(1e4, 96));
+        // The published factors are 48 numbers each between 1 and 65.
+        let factors = |last: f64| {
+            (0..48).map(|i| 1.0 + (last - 1.0) * f64::from(i) / 47.0).collect::<Vec<_>>()
+        };
+        let long = phi3(json!({"max_position_embeddings": 131072, "sliding_window": 262144,
+            "rope_scaling": {"type": "longrope", "short_factor": factors(2.8),
+            "long_factor": factors(64.8)}}));
+        let RopeScaling::LongRope(rope) = long.attention.rope.unwrap().scaling else {
+            panic!("longrope")
+        };
+        // √(1 + ln 32 / ln 4096) = √(1 + 5/12).
+        assert!((rope.attention_factor - (17.0f64 / 12.0).sqrt()).abs() < 1e-12);
+        assert_eq!((rope.original_n_ctx, long.n_ctx), (4096, 131_072));
+
+        let gptj = read(json!({
+            "activation_function": "gelu_new", "architectures": ["GPTJForCausalLM"],
+            "attn_pdrop": 0.0, "bos_token_id": 50256, "embd_pdrop": 0.0, "eos_token_id": 50256,
+            "gradient_checkpointing": false, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-5, "model_type": "gptj", "n_embd": 4096, "n_head": 16,
+            "n_inner": null, "n_layer": 28, "n_positions": 2048, "resid_pdrop": 0.0,
+            "rotary": true, "rotary_dim": 64, "scale_attn_weights": true,
+            "summary_activation": null, "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": true, "summary_type": "cls_index",
+            "summary_use_proj": true, "tie_word_embeddings": false,
+            "tokenizer_class": "GPT2Tokenizer", "transformers_version": "4.18.0.dev0",
+            "use_cache": true, "vocab_size": 50400,
+        }));
+        assert_eq!((gptj.attention.d_head, gptj.mlp.d_mlp, gptj.parallel), (256, 16384, true));
+        let rope = gptj.attention.rope.unwrap();
+        assert_eq!((rope.n_dims, rope.pairs), (64, super::super::RotaryPairs::Neighbours));
+
+        let smollm2 = read(json!({
+            "architectures": ["LlamaForCausalLM"], "attention_bias": false,
+            "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+            "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536, "is_llama_config": true,
+            "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama",
+            "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+            "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+            "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000,
+            "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+            "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 49152,
+        }));
+        assert_eq!((smollm2.attention.d_head, smollm2.unembedding.tied), (64, true));
+        assert_eq!(smollm2.attention.rope.unwrap(), RopeConfig::new(1e5, 64));
+    }
 }
