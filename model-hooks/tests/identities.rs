@@ -240,7 +240,7 @@ fn longrope_switches_where_each_conversation_grows_too_long() {
     assert_eq!(behind, expected);
 
     // Step by step, the switch is an error: the caller has what must be run again.
-    let mut cache = model.cache(prefix, &batch(&model, &ROWS[..1]));
+    let mut cache = model.cache(prefix.clone(), &batch(&model, &ROWS[..1]));
     let run = |ids: &[u32], cache: &mut KvCache| {
         let tokens = batch(&model, &[ids]);
         let residual = model.embed(&tokens, &cache.next_positions(ids.len()), &mut ());
@@ -248,6 +248,13 @@ fn longrope_switches_where_each_conversation_grows_too_long() {
     };
     run(&[1; 10], &mut cache).unwrap();
     assert_eq!(run(&[1], &mut cache), Err(ForwardError::RopeSwitch { length: 20 }));
+
+    // So it is for any text of a packed row.
+    let texts: [&[u32]; 2] = [&[1; 12], &[2; 3]];
+    let mut config = HarvestConfig::new(HookPoint::resid_post(0), 64);
+    config.layout = Layout::Packed { row_tokens: 20 };
+    let harvested = model.harvest(&texts, &prefix, &config, |_| ControlFlow::Continue(()));
+    assert_eq!(harvested, Err(ForwardError::RopeSwitch { length: 20 }));
 }
 
 #[test]

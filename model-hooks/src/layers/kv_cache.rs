@@ -60,22 +60,20 @@ impl KvCache {
     /// Whether the next `n` columns bring a conversation, of which something is cached, from at
     /// most `length` tokens to more.
     pub(crate) fn grows_past(&self, length: usize, n: usize, rope_length: RopeLength) -> bool {
-        let before = |row: &Vec<usize>| {
-            let start = row.last().copied().unwrap_or(0);
-            self.prefix.n_tokens() + self.n_own.saturating_sub(start)
-        };
-        let after = |row: &Vec<usize>| {
-            let start = row.last().copied().unwrap_or(0);
-            self.prefix.n_tokens() + (self.n_own + n).saturating_sub(start)
-        };
-        let crosses = |before, after| (1..=length).contains(&before) && after > length;
+        let crosses = |(before, after)| (1..=length).contains(&before) && after > length;
+        let growth = self.starts.iter().flat_map(|row| {
+            let ends = row.iter().skip(1).copied().chain([usize::MAX]);
+            row.iter().zip(ends).map(|(&start, end)| {
+                let tokens = |columns: usize| end.min(columns).saturating_sub(start);
+                let before = self.prefix.n_tokens() + tokens(self.n_own);
+                (before, self.prefix.n_tokens() + tokens(self.n_own + n))
+            })
+        });
         match rope_length {
-            RopeLength::Conversation => {
-                self.starts.iter().any(|row| crosses(before(row), after(row)))
-            }
+            RopeLength::Conversation => growth.into_iter().any(crosses),
             RopeLength::LongestOfBatch => {
-                let longest = |n: &dyn Fn(&Vec<usize>) -> usize| self.starts.iter().map(n).max();
-                crosses(longest(&before).unwrap_or(0), longest(&after).unwrap_or(0))
+                let longest = |a: (usize, usize), b: (usize, usize)| (a.0.max(b.0), a.1.max(b.1));
+                crosses(growth.fold((0, 0), longest))
             }
         }
     }
