@@ -23,12 +23,12 @@ fn sae() -> Sae {
     let values: Vec<f32> = (0..D_SAE * D_MODEL).map(|_| rng.random_range(-0.3..0.3)).collect();
     let device = Device::flex();
     let w_dec = Tensor::<2>::from_data(TensorData::new(values, [D_SAE, D_MODEL]), &device);
-    let weights = SaeWeights {
-        w_enc: w_dec.clone().transpose(),
-        b_enc: Tensor::zeros([D_SAE], &device),
+    let weights = SaeWeights::new(
+        w_dec.clone().transpose(),
+        Tensor::zeros([D_SAE], &device),
         w_dec,
-        b_dec: Tensor::zeros([D_MODEL], &device),
-    };
+        Tensor::zeros([D_MODEL], &device),
+    );
     let activation = Activation::TopK { k: 6, rescale_by_decoder_norm: true };
     Sae::new(SaeConfig::new(D_MODEL, D_SAE, activation), weights).unwrap()
 }

@@ -10,8 +10,8 @@
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use criterion::{Criterion, Throughput};
 use kernels::{
-    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, adam_step,
-    attention, dot_rows, gated, rms_norm, rotary, sparse_decode, top_k, top_k_encode,
+    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
+    adam_step, attention, dot_rows, gated, rms_norm, rotary, sparse_decode, sparse_encode, top_k,
 };
 
 /// Activations of a training step.
@@ -57,8 +57,10 @@ fn encoder(criterion: &mut Criterion, device: &Device) {
     group.sample_size(10).throughput(Throughput::Elements(BATCH as u64));
     group.bench_function("plain_matmul", |b| b.iter(|| x.clone().matmul(w.clone())));
     group.bench_function("top_k", |b| b.iter(|| top_k(pre.clone(), K)));
-    group.bench_function("top_k_encode", |b| {
-        b.iter(|| top_k_encode(x.clone(), w.clone(), bias.clone(), scale.clone(), K));
+    group.bench_function("sparse_encode", |b| {
+        b.iter(|| {
+            sparse_encode(x.clone(), w.clone(), bias.clone(), scale.clone(), Select::TopK(K))
+        });
     });
     group.finish();
 }

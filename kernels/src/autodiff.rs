@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{AutodiffBackend, Backend, TensorMetadata};
 
-use crate::ops::{AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, dims};
+use crate::ops::{AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select, dims};
 use crate::plain_attention::plain_attention;
 
 #[derive(Debug)]
@@ -33,16 +33,20 @@ impl<B: Backend + KernelOps> Backward<B, 2> for SparseDecode {
 }
 
 #[derive(Debug)]
-struct TopKEncode;
+struct SparseEncode;
 
-impl<B: Backend + KernelOps> Backward<B, 3> for TopKEncode {
-    type State = (IntTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>);
+impl<B: Backend + KernelOps> Backward<B, 3> for SparseEncode {
+    type State = (IntTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, Select);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [x_node, w_node, bias_node] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
-        let (indices, values, x, w) = ops.state;
-        let grad = B::relu_backward(values, grad);
+        let (indices, values, x, w, select) = ops.state;
+        let grad = match select {
+            Select::TopKMagnitude(_) => grad,
+            // What is kept is above zero; zeros are cut off by the relu, or fill a row up.
+            _ => B::relu_backward(values, grad),
+        };
         let m = w.shape()[1];
         if let Some(node) = bias_node {
             grads.register::<B>(node.id, B::sparse_sum(indices.clone(), grad.clone(), m));
@@ -156,20 +160,22 @@ impl<B: Backend + KernelOps, C: CheckpointStrategy> KernelOps for Autodiff<B, C>
         (Self::from_inner(values), indices)
     }
 
-    fn top_k_encode(
+    fn sparse_encode(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         bias: FloatTensor<Self>,
-        scale: FloatTensor<Self>,
-        k: usize,
+        by: FloatTensor<Self>,
+        select: Select,
     ) -> (FloatTensor<Self>, IntTensor<Self>) {
-        let scale = Self::inner(scale);
+        let by = Self::inner(by);
         let ((x, x_node), (w, w_node), (bias, bias_node)) =
             (x.into_parts(), w.into_parts(), bias.into_parts());
-        let (values, indices) = B::top_k_encode(x.clone(), w.clone(), bias, scale, k);
-        let prepared = TopKEncode.prepare::<C>([x_node, w_node, bias_node]);
+        let (values, indices) = B::sparse_encode(x.clone(), w.clone(), bias, by, select);
+        let prepared = SparseEncode.prepare::<C>([x_node, w_node, bias_node]);
         let values = match prepared.compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((indices.clone(), values.clone(), x, w), values),
+            OpsKind::Tracked(prep) => {
+                prep.finish((indices.clone(), values.clone(), x, w, select), values)
+            }
             OpsKind::UnTracked(prep) => prep.finish(values),
         };
         (values, indices)

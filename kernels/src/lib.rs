@@ -8,7 +8,7 @@
 //! | operation | gradient |
 //! |---|---|
 //! | [`top_k`] | none: the values are cut from the graph |
-//! | [`top_k_encode`] | sparse, at the selected entries |
+//! | [`sparse_encode`] | sparse, at the selected entries |
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
 //! | [`rms_norm`], [`nonlinear`], [`gated`], [`rotary`] | fused |
 //! | [`attention`] | fused without a prefix and a soft cap, else through the plain default |
@@ -22,8 +22,9 @@ mod flex;
 mod ndarray;
 mod ops;
 mod plain_attention;
+mod plain_encode;
 
-pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs};
+pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select};
 
 use burn::backend::Dispatch;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -44,36 +45,46 @@ pub fn top_k(x: Tensor<2>, k: usize) -> (Tensor<2>, Tensor<2, Int>) {
     (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
 }
 
-/// `relu(p)` at the `k` largest entries of `p ⊙ scale` per row, where `p = x·w + bias`.
+/// Some entries of `p = x·w + bias`: the encoder of a sparse autoencoder.
 ///
-/// The encoder of a TopK sparse autoencoder, fused: the pre-activations `[n, m]` are produced and
-/// consumed tile by tile and never stored whole. `scale` only ranks (decoder norms, usually);
-/// the values are those of `p`. The gradient reaches `x`, `w` and `bias` through the selected
-/// entries; `scale` gets none.
+/// The pre-activations `[n, m]` are produced and consumed tile by tile and never stored whole (by
+/// the plain default they are). [`Select`] says which are kept, and what `by` means for it: a scale
+/// that only ranks (decoder norms, usually), or a threshold. The gradient reaches `x`, `w` and
+/// `bias` through the kept entries; `by` gets none.
+///
+/// Where rows keep different numbers of entries, `k` is the largest, at least 1, and the rows are
+/// filled up with entries of value zero. Within a row the entries of [`Select::TopK`] and
+/// [`Select::TopKMagnitude`] come largest first, ties by the lowest index; the others in any order
+/// that does not depend on the number of threads.
 ///
 /// # Shapes
-/// `x`: `[n, d]`, `w`: `[d, m]`, `bias` and `scale`: `[m]`; both results: `[n, k]`.
+/// `x`: `[n, d]`, `w`: `[d, m]`, `bias` and `by`: `[m]`; values and indices: `[n, k]`.
 ///
 /// # Panics
-/// If a shape does not fit, or `k` is zero or above `m`.
-pub fn top_k_encode(
+/// If a shape does not fit, or a number to keep is zero or above the number of entries.
+pub fn sparse_encode(
     x: Tensor<2>,
     w: Tensor<2>,
     bias: Tensor<1>,
-    scale: Tensor<1>,
-    k: usize,
+    by: Tensor<1>,
+    select: Select,
 ) -> (Tensor<2>, Tensor<2, Int>) {
-    let ([_, d], [w_rows, m]) = (x.dims(), w.dims());
-    assert_eq!(d, w_rows, "top_k_encode: x has {d} columns, w {w_rows} rows");
-    assert_eq!(bias.dims(), [m], "top_k_encode: bias does not fit w");
-    assert_eq!(scale.dims(), [m], "top_k_encode: scale does not fit w");
-    assert!(0 < k && k <= m, "top_k_encode: k = {k} is not in 1..={m}");
-    let (values, indices) = Dispatch::top_k_encode(
+    let ([n, d], [w_rows, m]) = (x.dims(), w.dims());
+    assert_eq!(d, w_rows, "sparse_encode: x has {d} columns, w {w_rows} rows");
+    assert_eq!(bias.dims(), [m], "sparse_encode: bias does not fit w");
+    assert_eq!(by.dims(), [m], "sparse_encode: by does not fit w");
+    let (kept, there_are) = match select {
+        Select::TopK(k) | Select::TopKMagnitude(k) => (k, m),
+        Select::BatchTopK(kept) => (kept, n * m),
+        Select::Above => (1, m),
+    };
+    assert!(0 < kept && kept <= there_are, "sparse_encode: {select:?} of {there_are} entries");
+    let (values, indices) = Dispatch::sparse_encode(
         x.into_dispatch(),
         w.into_dispatch(),
         bias.into_dispatch(),
-        scale.into_dispatch(),
-        k,
+        by.into_dispatch(),
+        select,
     );
     (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
 }

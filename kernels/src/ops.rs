@@ -8,6 +8,7 @@ use burn::tensor::{IndexingUpdateOp, Shape};
 use serde::{Deserialize, Serialize};
 
 use crate::plain_attention::{plain_attention, plain_attention_backward};
+use crate::plain_encode::plain_encode;
 
 /// The constants of an Adam step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -72,6 +73,20 @@ impl AttentionConfig {
     }
 }
 
+/// Which of its pre-activations `p` an encoder keeps, and what their values are. `by` is a number
+/// for each column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Select {
+    /// `relu(p)` at the so many largest of `p ⊙ by` in each row.
+    TopK(usize),
+    /// `p` at the so many largest of `|p ⊙ by|` in each row.
+    TopKMagnitude(usize),
+    /// `p` at the so many largest of `p ⊙ by` in all rows together, as far as they are above zero.
+    BatchTopK(usize),
+    /// `p` where `p > max(by, 0)`.
+    Above,
+}
+
 /// The operations of this crate on a backend's own tensors; see the functions of the crate root
 /// for what each computes. A backend that overrides nothing runs the plain defaults.
 #[allow(missing_docs)]
@@ -95,19 +110,14 @@ pub trait KernelOps: Backend {
         (Self::float_slice(sorted, &head), Self::int_slice(indices, &head))
     }
 
-    fn top_k_encode(
+    fn sparse_encode(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         bias: FloatTensor<Self>,
-        scale: FloatTensor<Self>,
-        k: usize,
+        by: FloatTensor<Self>,
+        select: Select,
     ) -> (FloatTensor<Self>, IntTensor<Self>) {
-        let m = bias.shape()[0];
-        let row = |t| Self::float_reshape(t, Shape::new([1, m]));
-        let pre = Self::float_add(Self::float_matmul(x, w), row(bias));
-        let (_, indices) = Self::top_k(Self::float_mul(pre.clone(), row(scale)), k);
-        let values = Self::float_gather(1, pre, indices.clone());
-        (Self::relu(values), indices)
+        plain_encode::<Self>(x, w, bias, by, select)
     }
 
     fn sparse_decode(

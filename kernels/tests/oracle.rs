@@ -1,7 +1,9 @@
 //! Every kernel of a backend against the plain computation, values and gradients, on random shapes.
 
 use burn::tensor::{Device, Int, Tensor, TensorData, Tolerance};
-use kernels::{AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs};
+use kernels::{
+    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
+};
 use proptest::prelude::*;
 
 fn device() -> Device {
@@ -47,6 +49,34 @@ fn naive_top_k(x: &[f32], m: usize, k: usize) -> (Vec<f32>, Vec<i64>) {
     (values, columns)
 }
 
+/// 1 for what a selection keeps of pre-activations, by sorting everything.
+fn naive_selection(pre: &[f32], by: &[f32], [n, m]: [usize; 2], select: Select) -> Vec<f32> {
+    let ranked: Vec<f32> = pre.iter().enumerate().map(|(i, p)| p * by[i % m]).collect();
+    let mut is_kept = vec![0.0; n * m];
+    match select {
+        Select::TopK(k) | Select::TopKMagnitude(k) => {
+            let magnitude = matches!(select, Select::TopKMagnitude(_));
+            let measure = |x: &f32| if magnitude { x.abs() } else { *x };
+            let columns = naive_top_k(&ranked.iter().map(measure).collect::<Vec<_>>(), m, k).1;
+            for (at, column) in columns.into_iter().enumerate() {
+                is_kept[at / k * m + column as usize] = 1.0;
+            }
+        }
+        Select::BatchTopK(n_kept) => {
+            let (values, places) = naive_top_k(&ranked, n * m, n_kept);
+            for (value, place) in values.into_iter().zip(places) {
+                is_kept[place as usize] = f32::from(value > 0.0);
+            }
+        }
+        Select::Above => {
+            for (at, is_kept) in is_kept.iter_mut().enumerate() {
+                *is_kept = f32::from(pre[at] > by[at % m].max(0.0));
+            }
+        }
+    }
+    is_kept
+}
+
 /// `[n, k]` distinct indices below `m` in each row.
 fn some_indices(n: usize, k: usize, m: usize, seed: u64, device: &Device) -> Tensor<2, Int> {
     let picked = naive_top_k(&floats(noise([n, m], seed, device)), m, k).1;
@@ -82,24 +112,35 @@ proptest! {
     }
 
     #[test]
-    fn top_k_encode_matches_plain_tensors(n in 1..40usize, d in 1..20usize, m in 1..90usize, k in 1..9usize, seed: u64) {
-        let (k, device) = (k.min(m), device().autodiff());
+    fn sparse_encode_keeps_what_plain_tensors_keep(
+        (n, d, m) in (1..40usize, 1..20usize, 1..90usize), which in 0..4, kept in 1..9usize, seed: u64,
+    ) {
+        let device = device().autodiff();
+        let select = match which {
+            0 => Select::TopK(kept.min(m)),
+            1 => Select::TopKMagnitude(kept.min(m)),
+            2 => Select::BatchTopK((kept * n).min(n * m)),
+            _ => Select::Above,
+        };
         let leaf = |shape, salt| noise::<2>(shape, seed ^ salt, &device).require_grad();
         let (x, w) = (leaf([n, d], 1), leaf([d, m], 2));
         let bias = noise([m], seed ^ 3, &device).require_grad();
-        let scale = noise([m], seed ^ 4, &device).abs() + 0.1;
-        let (values, indices) = kernels::top_k_encode(x.clone(), w.clone(), bias.clone(), scale.clone(), k);
+        let by = noise([m], seed ^ 4, &device).abs() + 0.1;
+        let (values, indices) = kernels::sparse_encode(x.clone(), w.clone(), bias.clone(), by.clone(), select);
 
         let (px, pw, pb) = (x.clone().detach().require_grad(), w.clone().detach().require_grad(), bias.clone().detach().require_grad());
         let pre = px.clone().matmul(pw.clone()) + pb.clone().unsqueeze();
-        let ranked = (pre.clone() * scale.unsqueeze()).inner();
-        let naive = naive_top_k(&floats(ranked), m, k).1;
-        prop_assert_eq!(ints(indices.clone()), naive);
-        let plain = burn::tensor::activation::relu(pre.gather(1, indices));
-        assert_close(values.clone(), plain.clone());
+        let is_kept = naive_selection(&floats(pre.clone()), &floats(by), [n, m], select);
+        let is_kept = Tensor::<2>::from_data(TensorData::new(is_kept, [n, m]), &device);
+        let plain = match select {
+            Select::TopK(_) => burn::tensor::activation::relu(pre),
+            _ => pre,
+        } * is_kept;
+        let dense = Tensor::<2>::zeros([n, m], &device).scatter(1, indices, values, burn::tensor::IndexingUpdateOp::Add);
+        assert_close(dense.clone(), plain.clone());
 
-        let weight = noise([n, k], seed ^ 5, &device);
-        let grads = (values * weight.clone()).sum().backward();
+        let weight = noise([n, m], seed ^ 5, &device);
+        let grads = (dense * weight.clone()).sum().backward();
         let plain_grads = (plain * weight).sum().backward();
         assert_close(x.grad(&grads).unwrap(), px.grad(&plain_grads).unwrap());
         assert_close(w.grad(&grads).unwrap(), pw.grad(&plain_grads).unwrap());

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::activation::Activation;
+use crate::normalization::Normalization;
 
 /// The shape and the equation of an SAE, and where it belongs.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,6 +18,11 @@ pub struct SaeConfig {
     pub activation: Activation,
     /// Whether `b_dec` is subtracted from the input before encoding.
     pub apply_b_dec_to_input: bool,
+    /// What is done to activations first.
+    pub normalization: Normalization,
+    /// The width of the activation that a transcoder writes; none of an autoencoder, which
+    /// reconstructs what it reads.
+    pub transcodes_to: Option<usize>,
     /// Whether `d_in` joins the heads and their width (an SAE on `attn.hook_z`).
     pub joins_heads: bool,
     /// Which model and hook point it was trained on.
@@ -61,8 +67,9 @@ pub enum ConfigError {
         /// Number of latents.
         d_sae: usize,
     },
-    /// The number of latents kept is zero or above the number there are.
-    #[error("k = {k} is not between 1 and d_sae = {d_sae}")]
+    /// The number of latents kept is zero or above the number there are, or groups of latents
+    /// would differ in size.
+    #[error("k = {k} does not fit d_sae = {d_sae}")]
     K {
         /// Latents kept per row.
         k: usize,
@@ -79,6 +86,8 @@ impl SaeConfig {
             d_sae,
             activation,
             apply_b_dec_to_input: true,
+            normalization: Normalization::None,
+            transcodes_to: None,
             joins_heads: false,
             metadata: SaeMetadata::default(),
             other: Map::new(),
@@ -95,8 +104,27 @@ impl SaeConfig {
             return Err(ConfigError::Empty { d_in, d_sae });
         }
         match self.activation {
-            Activation::TopK { k, .. } if k == 0 || k > d_sae => Err(ConfigError::K { k, d_sae }),
-            Activation::TopK { .. } => Ok(()),
+            Activation::TopK { k, .. } | Activation::AbsTopK { k, .. } if k == 0 || k > d_sae => {
+                Err(ConfigError::K { k, d_sae })
+            }
+            Activation::GroupMax { k } if k == 0 || !d_sae.is_multiple_of(k) => {
+                Err(ConfigError::K { k, d_sae })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The width of what is decoded.
+    pub fn d_out(&self) -> usize {
+        self.transcodes_to.unwrap_or(self.d_in)
+    }
+
+    /// Whether `b_dec` is added to what is decoded: a matching pursuit adds it back where it was
+    /// taken off, the others always.
+    pub(crate) fn adds_b_dec(&self) -> bool {
+        match self.activation {
+            Activation::MatchingPursuit { .. } => self.apply_b_dec_to_input,
+            _ => true,
         }
     }
 }

@@ -4,8 +4,8 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 /// The latents of `n` activations, `k` entries each: latent `indices[i, j]` has `values[i, j]`.
 ///
-/// Within a row the indices are distinct. A latent that is not listed is zero, and a listed one
-/// may be.
+/// Within a row the indices of what is not zero are distinct. A latent that is not listed is zero,
+/// and a listed one may be: rows with fewer latents than others are filled up with zeros.
 #[derive(Debug, Clone)]
 pub struct SparseLatents {
     /// Which latents, `[n, k]`.

@@ -1,24 +1,30 @@
 //! The sparse autoencoder.
 
+mod encode;
+mod fold;
+
 use burn::tensor::{Int, Tensor};
-use kernels::{sparse_decode, top_k_encode};
+use kernels::sparse_decode;
 
 use crate::activation::Activation;
 use crate::config::{ConfigError, SaeConfig, SaeMetadata};
 use crate::latents::SparseLatents;
+use crate::normalization::RowScale;
 
 /// Norms below this count as this, so that a latent that writes nothing does not divide by zero.
 const LEAST_NORM: f64 = 1e-8;
 
-/// A sparse autoencoder of TopK kind.
+/// A sparse autoencoder, or a transcoder.
 ///
 /// ```text
 /// pre    = (x − b_dec) · w_enc + b_enc
-/// z      = relu(pre) at the k largest of pre ⊙ norms, times norms there
-/// decode = (z / norms) · w_dec + b_dec
+/// z      = activation(pre)
+/// decode = z · w_dec + b_dec (+ w_skip · x)
 /// ```
 ///
-/// with `norms = ‖w_dec[i]‖`, or 1 when the activation does not rescale. Differentiable in `x`.
+/// [`Activation`] says what becomes of `pre`. Where it rescales by decoder norms, `z` is measured in
+/// those: pre-activations are multiplied by `‖w_dec[i]‖` before the selection, latents divided by
+/// it again before decoding. Differentiable in `x`.
 #[derive(Debug, Clone)]
 pub struct Sae {
     config: SaeConfig,
@@ -29,14 +35,29 @@ pub struct Sae {
 /// The tensors of an SAE.
 #[derive(Debug, Clone)]
 pub struct SaeWeights {
-    /// Encoder, `[d_in, d_sae]`.
+    /// Encoder, `[d_in, d_sae]`. Of a matching pursuit, the decoder transposed.
     pub w_enc: Tensor<2>,
-    /// Encoder bias, `[d_sae]`.
+    /// Encoder bias, `[d_sae]`: that of the gate where there is one.
     pub b_enc: Tensor<1>,
-    /// Decoder, `[d_sae, d_in]`: row `i` is what latent `i` writes.
+    /// Decoder, `[d_sae, d_out]`: row `i` is what latent `i` writes.
     pub w_dec: Tensor<2>,
-    /// Decoder bias, `[d_in]`.
+    /// Decoder bias, `[d_out]`.
     pub b_dec: Tensor<1>,
+    /// What latents have to exceed, `[d_sae]`: with [`Activation::JumpRelu`] and only there.
+    pub threshold: Option<Tensor<1>>,
+    /// Sizes of latents whose gate is open: with [`Activation::Gated`] and only there.
+    pub magnitude: Option<Magnitude>,
+    /// What a transcoder adds of its input, `[d_out, d_in]`.
+    pub w_skip: Option<Tensor<2>>,
+}
+
+/// How a gated SAE sizes its latents.
+#[derive(Debug, Clone)]
+pub struct Magnitude {
+    /// Logarithm of the scale of the encoder's columns, `[d_sae]`.
+    pub r_mag: Tensor<1>,
+    /// Bias, `[d_sae]`.
+    pub b_mag: Tensor<1>,
 }
 
 /// `x = reconstruction + error`, and the latents that reconstruct.
@@ -71,6 +92,37 @@ pub enum SaeError {
     RanksWithoutNorms,
 }
 
+impl SaeWeights {
+    /// Encoder and decoder, and nothing else.
+    ///
+    /// # Shapes
+    /// `w_enc`: `[d_in, d_sae]`, `b_enc`: `[d_sae]`, `w_dec`: `[d_sae, d_out]`, `b_dec`: `[d_out]`.
+    pub fn new(w_enc: Tensor<2>, b_enc: Tensor<1>, w_dec: Tensor<2>, b_dec: Tensor<1>) -> Self {
+        Self { w_enc, b_enc, w_dec, b_dec, threshold: None, magnitude: None, w_skip: None }
+    }
+
+    /// # Panics
+    /// If a tensor has another shape than the configuration says, is missing or has no use.
+    fn assert_fit(&self, config: &SaeConfig) {
+        let SaeConfig { d_in, d_sae, activation, .. } = *config;
+        let d_out = config.d_out();
+        assert_eq!(self.w_enc.dims(), [d_in, d_sae], "w_enc does not fit");
+        assert_eq!(self.b_enc.dims(), [d_sae], "b_enc does not fit");
+        assert_eq!(self.w_dec.dims(), [d_sae, d_out], "w_dec does not fit");
+        assert_eq!(self.b_dec.dims(), [d_out], "b_dec does not fit");
+        let threshold = self.threshold.as_ref().map(Tensor::dims);
+        let expected = (activation == Activation::JumpRelu).then_some([d_sae]);
+        assert_eq!(threshold, expected, "threshold does not fit");
+        let magnitude = self.magnitude.as_ref().map(|m| [m.r_mag.dims(), m.b_mag.dims()]);
+        let expected = (activation == Activation::Gated).then_some([[d_sae]; 2]);
+        assert_eq!(magnitude, expected, "r_mag and b_mag do not fit");
+        if let Some(w_skip) = &self.w_skip {
+            assert!(config.transcodes_to.is_some(), "only transcoders skip");
+            assert_eq!(w_skip.dims(), [d_out, d_in], "w_skip does not fit");
+        }
+    }
+}
+
 impl Sae {
     /// From a configuration and weights that fit it.
     ///
@@ -78,14 +130,10 @@ impl Sae {
     /// If the configuration describes no SAE.
     ///
     /// # Panics
-    /// If a weight does not have the shape that the configuration says.
+    /// If a weight does not have the shape that the configuration says, or is missing.
     pub fn new(config: SaeConfig, weights: SaeWeights) -> Result<Self, SaeError> {
         config.validate()?;
-        let SaeConfig { d_in, d_sae, .. } = config;
-        assert_eq!(weights.w_enc.dims(), [d_in, d_sae], "w_enc does not fit");
-        assert_eq!(weights.b_enc.dims(), [d_sae], "b_enc does not fit");
-        assert_eq!(weights.w_dec.dims(), [d_sae, d_in], "w_dec does not fit");
-        assert_eq!(weights.b_dec.dims(), [d_in], "b_dec does not fit");
+        weights.assert_fit(&config);
         let decoder_norms = row_norms(weights.w_dec.clone());
         Ok(Self { config, weights, decoder_norms })
     }
@@ -125,51 +173,58 @@ impl Sae {
     /// The latents of activations.
     ///
     /// # Shapes
-    /// `x`: `[n, d_in]`; latents: `[n, k]`.
+    /// `x`: `[n, d_in]`; latents: `[n, k]`, with `k` as the activation has it, or else the largest
+    /// number of latents that are active on a row.
     ///
     /// # Panics
     /// If `x` is not `d_in` wide.
     pub fn encode(&self, x: Tensor<2>) -> SparseLatents {
-        let SaeConfig { d_sae, activation: Activation::TopK { k, .. }, .. } = self.config;
-        let SaeWeights { w_enc, b_enc, b_dec, .. } = self.weights.clone();
-        let x = match self.config.apply_b_dec_to_input {
-            true => x - b_dec.unsqueeze(),
-            false => x,
-        };
-        let scale = self.scale();
-        let ranking = scale.clone().unwrap_or_else(|| b_enc.ones_like());
-        let (values, indices) = top_k_encode(x, w_enc, b_enc, ranking, k);
-        let values = match scale {
-            Some(scale) => values * at(scale, &indices),
-            None => values,
-        };
-        SparseLatents::new(indices, values, d_sae)
+        let (x, _) = self.config.normalization.normalize(x);
+        self.encode_normalized(x)
+    }
+
+    /// What latents write, for the activations that they were encoded from: these say what the
+    /// normalisation has to put back, and what a transcoder skips.
+    ///
+    /// # Shapes
+    /// `x`: `[n, d_in]`; result: `[n, d_out]`.
+    ///
+    /// # Panics
+    /// If the latents are of another SAE's number or rows.
+    pub fn decode_for(&self, latents: &SparseLatents, x: Tensor<2>) -> Tensor<2> {
+        let (normalized, scale) = self.config.normalization.normalize(x);
+        self.finish_decoding(self.decode_normalized(latents), normalized, scale)
     }
 
     /// What latents write.
     ///
     /// # Shapes
-    /// `[n, d_in]`.
+    /// `[n, d_out]`.
     ///
     /// # Panics
-    /// If the latents are of another SAE's number.
+    /// If the latents are of another SAE's number, or what they write depends on the activation
+    /// that they were encoded from (see [`decode_for`](Self::decode_for)).
     pub fn decode(&self, latents: &SparseLatents) -> Tensor<2> {
-        assert_eq!(latents.d_sae, self.config.d_sae, "latents of another SAE");
-        let SparseLatents { indices, values, .. } = latents.clone();
-        let values = match self.scale() {
-            Some(scale) => values / at(scale, &indices),
-            None => values,
-        };
-        let SaeWeights { w_dec, b_dec, .. } = self.weights.clone();
-        sparse_decode(indices, values, w_dec) + b_dec.unsqueeze()
+        assert!(
+            !self.config.normalization.is_by_row() && self.weights.w_skip.is_none(),
+            "what these latents write depends on the input: use decode_for"
+        );
+        self.decode_normalized(latents)
     }
 
     /// What one unit of each latent writes: the decoder rows, over their norms where latents are
     /// measured in those.
     ///
     /// # Shapes
-    /// `[d_sae, d_in]`.
+    /// `[d_sae, d_out]`.
+    ///
+    /// # Panics
+    /// If that depends on the activation, because each is normalised by itself.
     pub fn directions(&self) -> Tensor<2> {
+        assert!(
+            !self.config.normalization.is_by_row(),
+            "what a unit of a latent writes depends on the norm of the activation"
+        );
         let w_dec = self.weights.w_dec.clone();
         match self.scale() {
             Some(scale) => w_dec / scale.unsqueeze_dim(1),
@@ -183,60 +238,62 @@ impl Sae {
     /// `x`: `[n, d_in]`.
     ///
     /// # Panics
-    /// If `x` is not `d_in` wide.
+    /// If `x` is not `d_in` wide, or this is a transcoder: it explains another activation.
     pub fn decompose(&self, x: Tensor<2>) -> Decomposition {
-        let latents = self.encode(x.clone());
-        let reconstruction = self.decode(&latents);
+        assert!(self.config.transcodes_to.is_none(), "a transcoder does not decompose its input");
+        let (latents, reconstruction) = self.run(x.clone());
         let error = x - reconstruction.clone();
         Decomposition { latents, reconstruction, error }
     }
 
-    /// The same function with decoder rows of norm 1, so that no norms are needed any more
-    /// (SAELens' `fold_W_dec_norm`).
+    /// The latents of activations, and what they decode to.
     ///
-    /// # Errors
-    /// If the SAE ranks its latents without their norms.
-    pub fn fold_decoder_norms(self) -> Result<Self, SaeError> {
-        let Self { mut config, weights, decoder_norms: norms } = self;
-        let Activation::TopK { rescale_by_decoder_norm, .. } = &mut config.activation;
-        if !*rescale_by_decoder_norm {
-            return Err(SaeError::RanksWithoutNorms);
-        }
-        *rescale_by_decoder_norm = false;
-        let SaeWeights { w_enc, b_enc, w_dec, b_dec } = weights;
-        let weights = SaeWeights {
-            w_enc: w_enc * norms.clone().unsqueeze(),
-            b_enc: b_enc * norms.clone(),
-            w_dec: w_dec / norms.unsqueeze_dim(1),
-            b_dec,
-        };
-        Self::new(config, weights)
-    }
-
-    /// The SAE on `x` that does what this one does on `scale · x`, reconstructing `x` itself.
-    ///
-    /// The latents keep their values unless the activation rescales by decoder norms, which
-    /// shrink by `scale`.
+    /// # Shapes
+    /// `x`: `[n, d_in]`; the second result: `[n, d_out]`.
     ///
     /// # Panics
-    /// If `scale` is not a positive number.
-    pub fn fold_input_scale(self, scale: f64) -> Self {
-        assert!(scale.is_finite() && scale > 0.0, "input scale {scale}");
-        let SaeWeights { w_enc, b_enc, w_dec, b_dec } = self.weights;
-        let weights = SaeWeights {
-            w_enc: w_enc.mul_scalar(scale),
-            b_enc,
-            w_dec: w_dec.div_scalar(scale),
-            b_dec: b_dec.div_scalar(scale),
+    /// If `x` is not `d_in` wide.
+    pub fn run(&self, x: Tensor<2>) -> (SparseLatents, Tensor<2>) {
+        let (normalized, scale) = self.config.normalization.normalize(x);
+        let latents = self.encode_normalized(normalized.clone());
+        let decoded = self.decode_normalized(&latents);
+        (latents, self.finish_decoding(decoded, normalized, scale))
+    }
+
+    fn decode_normalized(&self, latents: &SparseLatents) -> Tensor<2> {
+        assert_eq!(latents.d_sae, self.config.d_sae, "latents of another SAE");
+        let SparseLatents { indices, values, .. } = latents.clone();
+        let values = match self.scale() {
+            Some(scale) => values / at(scale, &indices),
+            None => values,
         };
-        let decoder_norms = row_norms(weights.w_dec.clone());
-        Self { config: self.config, weights, decoder_norms }
+        let SaeWeights { w_dec, b_dec, .. } = self.weights.clone();
+        let decoded = sparse_decode(indices, values, w_dec);
+        match self.config.adds_b_dec() {
+            true => decoded + b_dec.unsqueeze(),
+            false => decoded,
+        }
+    }
+
+    fn finish_decoding(
+        &self,
+        decoded: Tensor<2>,
+        normalized: Tensor<2>,
+        scale: Option<RowScale>,
+    ) -> Tensor<2> {
+        let decoded = match self.weights.w_skip.clone() {
+            Some(w_skip) => decoded + normalized.matmul(w_skip.transpose()),
+            None => decoded,
+        };
+        match scale {
+            Some(scale) => scale.undo(decoded),
+            None => decoded,
+        }
     }
 
     /// The norms that latents are measured in, if they are.
     fn scale(&self) -> Option<Tensor<1>> {
-        let Activation::TopK { rescale_by_decoder_norm, .. } = self.config.activation;
-        rescale_by_decoder_norm.then(|| self.decoder_norms())
+        self.config.activation.rescales_by_decoder_norm().then(|| self.decoder_norms())
     }
 }
 
@@ -262,12 +319,12 @@ mod tests {
     /// writes (0, 1), latent 2 reads both and writes (0.3, 0.4).
     fn example(k: usize, rescale_by_decoder_norm: bool) -> Sae {
         let device = Device::flex();
-        let weights = SaeWeights {
-            w_enc: Tensor::from_data([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], &device),
-            b_enc: Tensor::from_data([0.0, 0.5, 0.0], &device),
-            w_dec: Tensor::from_data([[2.0, 0.0], [0.0, 1.0], [0.3, 0.4]], &device),
-            b_dec: Tensor::from_data([1.0, 1.0], &device),
-        };
+        let weights = SaeWeights::new(
+            Tensor::from_data([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], &device),
+            Tensor::from_data([0.0, 0.5, 0.0], &device),
+            Tensor::from_data([[2.0, 0.0], [0.0, 1.0], [0.3, 0.4]], &device),
+            Tensor::from_data([1.0, 1.0], &device),
+        );
         let activation = Activation::TopK { k, rescale_by_decoder_norm };
         Sae::new(SaeConfig::new(2, 3, activation), weights).expect("valid")
     }
@@ -338,12 +395,12 @@ mod tests {
             seed: u64,
         ) {
             let mut random = ChaCha8Rng::seed_from_u64(seed);
-            let weights = SaeWeights {
-                w_enc: noise([d_in, d_sae], &mut random),
-                b_enc: noise([d_sae], &mut random),
-                w_dec: noise([d_sae, d_in], &mut random),
-                b_dec: noise([d_in], &mut random),
-            };
+            let weights = SaeWeights::new(
+                noise([d_in, d_sae], &mut random),
+                noise([d_sae], &mut random),
+                noise([d_sae, d_in], &mut random),
+                noise([d_in], &mut random),
+            );
             let x = noise([n, d_in], &mut random);
             let activation = Activation::TopK { k, rescale_by_decoder_norm };
             let config = SaeConfig {
@@ -368,8 +425,10 @@ mod tests {
 
     /// Latents and reconstruction by the equations, all of `[n, d_sae]` written out.
     fn dense(config: &SaeConfig, weights: &SaeWeights, x: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
-        let SaeWeights { w_enc, b_enc, w_dec, b_dec } = weights.clone();
-        let Activation::TopK { k, rescale_by_decoder_norm } = config.activation;
+        let SaeWeights { w_enc, b_enc, w_dec, b_dec, .. } = weights.clone();
+        let Activation::TopK { k, rescale_by_decoder_norm } = config.activation else {
+            panic!("{:?}", config.activation);
+        };
         let norms = match rescale_by_decoder_norm {
             true => w_dec.clone().square().sum_dim(1).sqrt().transpose(),
             false => Tensor::ones([1, config.d_sae], &x.device()),

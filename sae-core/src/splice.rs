@@ -111,12 +111,12 @@ mod tests {
     /// One latent that reads and writes x₀.
     fn sae() -> Sae {
         let device = Device::flex();
-        let weights = SaeWeights {
-            w_enc: Tensor::from_data([[1.0], [0.0]], &device),
-            b_enc: Tensor::zeros([1], &device),
-            w_dec: Tensor::from_data([[1.0, 0.0]], &device),
-            b_dec: Tensor::zeros([2], &device),
-        };
+        let weights = SaeWeights::new(
+            Tensor::from_data([[1.0], [0.0]], &device),
+            Tensor::zeros([1], &device),
+            Tensor::from_data([[1.0, 0.0]], &device),
+            Tensor::zeros([2], &device),
+        );
         let activation = Activation::TopK { k: 1, rescale_by_decoder_norm: false };
         Sae::new(SaeConfig::new(2, 1, activation), weights).expect("valid")
     }

@@ -25,12 +25,12 @@ fn sae() -> Sae {
     let device = Device::flex();
     let row = |i| random_direction(D_MODEL, 1.0, i as u64, &device).unsqueeze();
     let w_dec: Tensor<2> = Tensor::cat((0..D_SAE).map(row).collect(), 0);
-    let weights = SaeWeights {
-        w_enc: w_dec.clone().transpose(),
-        b_enc: Tensor::zeros([D_SAE], &device),
+    let weights = SaeWeights::new(
+        w_dec.clone().transpose(),
+        Tensor::zeros([D_SAE], &device),
         w_dec,
-        b_dec: Tensor::zeros([D_MODEL], &device),
-    };
+        Tensor::zeros([D_MODEL], &device),
+    );
     let activation = Activation::TopK { k: 8, rescale_by_decoder_norm: false };
     Sae::new(SaeConfig::new(D_MODEL, D_SAE, activation), weights).unwrap()
 }

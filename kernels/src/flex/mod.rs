@@ -4,6 +4,7 @@ mod adam;
 mod attention;
 mod attention_backward;
 mod dense;
+mod encode;
 mod nonlinear;
 mod rowwise;
 mod simd;
@@ -15,7 +16,7 @@ use burn::backend::ops::IntTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, IntDType, TensorData, bf16};
 
-use crate::ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs};
+use crate::ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select};
 
 type Float = FloatTensor<Flex>;
 type Int = IntTensor<Flex>;
@@ -25,8 +26,8 @@ impl KernelOps for Flex {
         top_k::top_k(x, k)
     }
 
-    fn top_k_encode(x: Float, w: Float, bias: Float, scale: Float, k: usize) -> (Float, Int) {
-        top_k::top_k_encode(x, w, bias, scale, k)
+    fn sparse_encode(x: Float, w: Float, bias: Float, by: Float, select: Select) -> (Float, Int) {
+        encode::sparse_encode(x, w, bias, by, select)
     }
 
     fn sparse_decode(indices: Int, values: Float, rows: Float) -> Float {

@@ -1,22 +1,17 @@
-//! Top-k of rows by a threshold scan, alone and behind the encoder's product.
+//! Top-k of rows by a threshold scan.
 
-use burn::backend::Flex;
-use burn::backend::ops::FloatTensorOps;
-use burn::tensor::Slice;
 use rayon::prelude::*;
 
 use super::simd::multiversion;
 use super::{Float, Int, floats, new_floats, new_ints, packed};
 use crate::ops::dims;
 
-/// Rows of pre-activations made at a time: they stay in the cache until the scan has read them.
-const TILE_ROWS: usize = 512;
 /// Entries that the scan rejects or looks into together.
 const BLOCK: usize = 32;
 
 /// A ranked entry: its key, the value to report, and its column.
 #[derive(Clone, Copy)]
-struct Candidate {
+pub(super) struct Candidate {
     key: f32,
     value: f32,
     column: u32,
@@ -43,45 +38,25 @@ pub(super) fn top_k(x: Float, k: usize) -> (Float, Int) {
     picked.into_tensors(n, k)
 }
 
-pub(super) fn top_k_encode(
-    x: Float,
-    w: Float,
-    bias: Float,
-    scale: Float,
-    k: usize,
-) -> (Float, Int) {
-    let ([n, _], [_, m]) = (dims::<2>(&x), dims::<2>(&w));
-    let (bias, scale) = (packed(bias), packed(scale));
-    let (bias, scale) = (floats(&bias), floats(&scale));
-    let mut picked = Picked::new(n, k);
-    for start in (0..n).step_by(TILE_ROWS) {
-        let end = (start + TILE_ROWS).min(n);
-        let rows = [Slice::new(start as isize, Some(end as isize), 1), Slice::full()];
-        let tile = packed(Flex::float_matmul(Flex::float_slice(x.clone(), &rows), w.clone()));
-        picked.scan(floats(&tile), m, |row, best| {
-            scan_encoded(row, bias, scale, k, best);
-        });
-    }
-    for value in &mut picked.values {
-        *value = value.max(0.0);
-    }
-    picked.into_tensors(n, k)
-}
-
 /// Values and columns picked so far, row after row.
-struct Picked {
+pub(super) struct Picked {
     values: Vec<f32>,
     columns: Vec<i32>,
     k: usize,
 }
 
 impl Picked {
-    fn new(n: usize, k: usize) -> Self {
+    pub(super) fn new(n: usize, k: usize) -> Self {
         Self { values: Vec::with_capacity(n * k), columns: Vec::with_capacity(n * k), k }
     }
 
     /// Appends the picks of every row of `x`.
-    fn scan(&mut self, x: &[f32], m: usize, pick: impl Fn(&[f32], &mut Vec<Candidate>) + Sync) {
+    pub(super) fn scan(
+        &mut self,
+        x: &[f32],
+        m: usize,
+        pick: impl Fn(&[f32], &mut Vec<Candidate>) + Sync,
+    ) {
         let (k, from) = (self.k, self.values.len());
         let n = x.len() / m;
         self.values.resize(from + n * k, 0.0);
@@ -102,7 +77,14 @@ impl Picked {
             );
     }
 
-    fn into_tensors(self, n: usize, k: usize) -> (Float, Int) {
+    /// What is below zero counts as zero.
+    pub(super) fn rectify(&mut self) {
+        for value in &mut self.values {
+            *value = value.max(0.0);
+        }
+    }
+
+    pub(super) fn into_tensors(self, n: usize, k: usize) -> (Float, Int) {
         (new_floats(self.values, [n, k]), new_ints(self.columns, [n, k]))
     }
 }
@@ -114,7 +96,8 @@ multiversion! {
 }
 
 multiversion! {
-    fn scan_encoded(
+    /// The columns with the largest `(row + bias) ⊙ scale`.
+    pub(super) fn pick_values(
         row: &[f32],
         bias: &[f32],
         scale: &[f32],
@@ -125,6 +108,23 @@ multiversion! {
         scan(row.len(), k, best, #[inline(always)] |i| {
             let value = row[i] + bias[i];
             (value * scale[i], value)
+        });
+    }
+}
+
+multiversion! {
+    /// The columns with the largest `|(row + bias) ⊙ scale|`.
+    pub(super) fn pick_magnitudes(
+        row: &[f32],
+        bias: &[f32],
+        scale: &[f32],
+        k: usize,
+        best: &mut Vec<Candidate>,
+    ) {
+        let (bias, scale) = (&bias[..row.len()], &scale[..row.len()]);
+        scan(row.len(), k, best, #[inline(always)] |i| {
+            let value = row[i] + bias[i];
+            ((value * scale[i]).abs(), value)
         });
     }
 }

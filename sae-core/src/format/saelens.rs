@@ -63,16 +63,16 @@ fn read_weights(
     let SaeConfig { d_in, d_sae, .. } = *config;
     let tensors = Tensors::new(path, bytes)?;
     tensors.only(&["W_enc", "b_enc", "W_dec", "b_dec"])?;
-    Ok(SaeWeights {
-        w_enc: tensors.floats("W_enc", [d_in, d_sae], device)?,
-        b_enc: tensors.floats("b_enc", [d_sae], device)?,
-        w_dec: tensors.floats("W_dec", [d_sae, d_in], device)?,
-        b_dec: tensors.floats("b_dec", [d_in], device)?,
-    })
+    Ok(SaeWeights::new(
+        tensors.floats("W_enc", [d_in, d_sae], device)?,
+        tensors.floats("b_enc", [d_sae], device)?,
+        tensors.floats("W_dec", [d_sae, d_in], device)?,
+        tensors.floats("b_dec", [d_in], device)?,
+    ))
 }
 
 fn write_weights(weights: &SaeWeights) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-    let SaeWeights { w_enc, b_enc, w_dec, b_dec } = weights.clone();
+    let SaeWeights { w_enc, b_enc, w_dec, b_dec, .. } = weights.clone();
     let tensors = [
         ("W_enc", w_enc.dims().to_vec(), bytes(w_enc)),
         ("b_enc", b_enc.dims().to_vec(), bytes(b_enc)),

@@ -1,7 +1,7 @@
 //! What is trained, and its gradient.
 
 use burn::tensor::{Gradients, Tensor};
-use kernels::{sparse_decode, top_k_encode};
+use kernels::{Select, sparse_decode, sparse_encode};
 
 use crate::latents::SparseLatents;
 use crate::loss::mse;
@@ -37,7 +37,7 @@ pub struct Differentiated {
 impl Parameters {
     /// The trained copy of an SAE's weights.
     pub fn from_weights(weights: SaeWeights) -> Self {
-        let SaeWeights { w_enc, b_enc, w_dec, b_dec } = weights;
+        let SaeWeights { w_enc, b_enc, w_dec, b_dec, .. } = weights;
         // A transposed view would make every step gather columns.
         let [d_in, d_sae] = w_enc.dims();
         let w_enc = (w_enc.transpose() + 0.0).reshape([d_sae, d_in]);
@@ -47,7 +47,7 @@ impl Parameters {
     /// The weights as an SAE takes them.
     pub fn to_weights(&self) -> SaeWeights {
         let Self { w_enc, b_enc, w_dec, b_dec } = self.clone();
-        SaeWeights { w_enc: w_enc.transpose(), b_enc, w_dec, b_dec }
+        SaeWeights::new(w_enc.transpose(), b_enc, w_dec, b_dec)
     }
 
     /// Zeros of the same shapes.
@@ -73,7 +73,8 @@ impl Parameters {
         let [d_sae, _] = w_dec.dims();
         let centred = x.clone() - b_dec.clone().unsqueeze();
         let norms = row_norms(self.w_dec.clone());
-        let (values, indices) = top_k_encode(centred, w_enc.transpose(), b_enc, norms, k);
+        let (values, indices) =
+            sparse_encode(centred, w_enc.transpose(), b_enc, norms, Select::TopK(k));
         let decoded = sparse_decode(indices.clone(), values.clone(), w_dec);
         let loss = mse(decoded + b_dec.unsqueeze(), x);
         Differentiated {

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::activation::Activation;
 use crate::config::{SaeConfig, SaeMetadata};
 use crate::format::error::FormatError;
+use crate::normalization::Normalization;
 
 /// The architectures of SAELens that we do not run.
 const UNSUPPORTED: [&str; 12] = [
@@ -176,6 +177,8 @@ impl From<Mirror> for SaeConfig {
             d_sae: mirror.d_sae,
             activation,
             apply_b_dec_to_input: mirror.apply_b_dec_to_input,
+            normalization: Normalization::None,
+            transcodes_to: None,
             joins_heads: mirror.reshape_activations == "hook_z",
             metadata: mirror.metadata,
             other: mirror.other,
@@ -185,7 +188,9 @@ impl From<Mirror> for SaeConfig {
 
 impl From<SaeConfig> for Mirror {
     fn from(config: SaeConfig) -> Self {
-        let Activation::TopK { k, rescale_by_decoder_norm } = config.activation;
+        let Activation::TopK { k, rescale_by_decoder_norm } = config.activation else {
+            todo!("other architectures");
+        };
         Self {
             architecture: "topk".to_owned(),
             d_in: config.d_in,

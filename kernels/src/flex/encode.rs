@@ -1,0 +1,172 @@
+//! The encoder: a tile of pre-activations at a time, and what is kept of it.
+
+use burn::backend::Flex;
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::Slice;
+use rayon::prelude::*;
+
+use super::simd::multiversion;
+use super::top_k::{Picked, pick_magnitudes, pick_values};
+use super::{Float, Int, floats, new_floats, new_ints, packed};
+use crate::ops::{Select, dims};
+
+/// Rows of pre-activations made at a time: they stay in the cache until the scan has read them.
+const TILE_ROWS: usize = 512;
+/// Entries that the scan rejects or looks into together.
+const BLOCK: usize = 32;
+
+pub(super) fn sparse_encode(
+    x: Float,
+    w: Float,
+    bias: Float,
+    by: Float,
+    select: Select,
+) -> (Float, Int) {
+    let [n, _] = dims(&x);
+    let (bias, by) = (packed(bias), packed(by));
+    let (bias, by) = (floats(&bias), floats(&by));
+    match select {
+        Select::TopK(k) => {
+            let mut picked = Picked::new(n, k);
+            for_each_tile(x, w, |tile, m| {
+                picked.scan(tile, m, |row, best| pick_values(row, bias, by, k, best));
+            });
+            picked.rectify();
+            picked.into_tensors(n, k)
+        }
+        Select::TopKMagnitude(k) => {
+            let mut picked = Picked::new(n, k);
+            for_each_tile(x, w, |tile, m| {
+                picked.scan(tile, m, |row, best| pick_magnitudes(row, bias, by, k, best));
+            });
+            picked.into_tensors(n, k)
+        }
+        Select::BatchTopK(n_kept) => batch_top_k(x, w, bias, by, n_kept),
+        Select::Above => {
+            let mut rows = Vec::with_capacity(n);
+            for_each_tile(x, w, |tile, m| {
+                rows.par_extend(tile.par_chunks(m).map(|row| {
+                    let mut kept = Vec::new();
+                    keep_above(row, bias, by, &mut kept);
+                    kept
+                }));
+            });
+            filled_up(&rows)
+        }
+    }
+}
+
+/// Calls `consume` with some rows of `x · w` after the other, and their width.
+fn for_each_tile(x: Float, w: Float, mut consume: impl FnMut(&[f32], usize)) {
+    let ([n, _], [_, m]) = (dims::<2>(&x), dims::<2>(&w));
+    for start in (0..n).step_by(TILE_ROWS) {
+        let end = (start + TILE_ROWS).min(n);
+        let rows = [Slice::new(start as isize, Some(end as isize), 1), Slice::full()];
+        let tile = packed(Flex::float_matmul(Flex::float_slice(x.clone(), &rows), w.clone()));
+        consume(floats(&tile), m);
+    }
+}
+
+/// An entry that may be among the largest of the batch.
+#[derive(Clone, Copy)]
+struct Contender {
+    key: f32,
+    value: f32,
+    row: u32,
+    column: u32,
+}
+
+impl Contender {
+    /// Larger keys first, then earlier entries.
+    fn order(&self, other: &Self) -> std::cmp::Ordering {
+        let place = |c: &Self| (c.row, c.column);
+        other.key.total_cmp(&self.key).then(place(self).cmp(&place(other)))
+    }
+}
+
+/// The bar rises as contenders come in: what is not above it has as many before it as are kept.
+fn batch_top_k(x: Float, w: Float, bias: &[f32], by: &[f32], n_kept: usize) -> (Float, Int) {
+    let [n, _] = dims(&x);
+    let (mut best, mut bar, mut first_row) = (Vec::<Contender>::new(), 0f32, 0);
+    for_each_tile(x, w, |tile, m| {
+        let rows = tile.par_chunks(m).enumerate().map(|(row, tile)| {
+            let mut above = Vec::new();
+            contend(tile, bias, by, bar, (first_row + row) as u32, &mut above);
+            above
+        });
+        let rows: Vec<Vec<Contender>> = rows.collect();
+        rows.iter().for_each(|row| best.extend(row));
+        first_row += tile.len() / m;
+        if best.len() > n_kept {
+            best.select_nth_unstable_by(n_kept - 1, Contender::order);
+            best.truncate(n_kept);
+            bar = best[n_kept - 1].key;
+        }
+    });
+    best.sort_unstable_by_key(|contender| (contender.row, contender.column));
+    let mut rows = vec![Vec::new(); n];
+    for contender in best {
+        rows[contender.row as usize].push((contender.column, contender.value));
+    }
+    filled_up(&rows)
+}
+
+/// Columns and values of every row, with zeros behind those of the shorter rows.
+fn filled_up(rows: &[Vec<(u32, f32)>]) -> (Float, Int) {
+    let k = rows.iter().map(Vec::len).max().unwrap_or(0).max(1);
+    let (mut values, mut columns) = (vec![0f32; rows.len() * k], vec![0i32; rows.len() * k]);
+    let slots = values.par_chunks_mut(k).zip(columns.par_chunks_mut(k));
+    slots.zip(rows).for_each(|((values, columns), row)| {
+        for ((value, column), kept) in values.iter_mut().zip(columns).zip(row) {
+            (*column, *value) = (kept.0 as i32, kept.1);
+        }
+    });
+    (new_floats(values, [rows.len(), k]), new_ints(columns, [rows.len(), k]))
+}
+
+/// Calls `take` on the entries for which `is_kept`, asking whole blocks first.
+#[inline(always)]
+fn sift(m: usize, is_kept: impl Fn(usize) -> bool, mut take: impl FnMut(usize)) {
+    for start in (0..m).step_by(BLOCK) {
+        let block = start..(start + BLOCK).min(m);
+        let mut any = false;
+        for i in block.clone() {
+            any |= is_kept(i);
+        }
+        if any {
+            block.filter(|&i| is_kept(i)).for_each(&mut take);
+        }
+    }
+}
+
+multiversion! {
+    fn keep_above(row: &[f32], bias: &[f32], threshold: &[f32], kept: &mut Vec<(u32, f32)>) {
+        let (bias, threshold) = (&bias[..row.len()], &threshold[..row.len()]);
+        sift(
+            row.len(),
+            #[inline(always)] |i| row[i] + bias[i] > threshold[i].max(0.0),
+            #[inline(always)] |i| kept.push((i as u32, row[i] + bias[i])),
+        );
+    }
+}
+
+multiversion! {
+    fn contend(
+        tile: &[f32],
+        bias: &[f32],
+        by: &[f32],
+        bar: f32,
+        row: u32,
+        above: &mut Vec<Contender>,
+    ) {
+        let (bias, by) = (&bias[..tile.len()], &by[..tile.len()]);
+        sift(
+            tile.len(),
+            #[inline(always)] |i| (tile[i] + bias[i]) * by[i] > bar,
+            #[inline(always)] |i| {
+                let value = tile[i] + bias[i];
+                above.push(Contender { key: value * by[i], value, row, column: i as u32 });
+            },
+        );
+    }
+}

@@ -1,0 +1,62 @@
+//! The plain default of the encoder: all pre-activations, then a selection.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{TensorMetadata, get_or_init_device_settings};
+use burn::tensor::{IndexingUpdateOp, Shape};
+
+use crate::ops::{KernelOps, Select, dims};
+
+pub(crate) fn plain_encode<B: KernelOps>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    bias: FloatTensor<B>,
+    by: FloatTensor<B>,
+    select: Select,
+) -> (FloatTensor<B>, IntTensor<B>) {
+    let m = bias.shape()[0];
+    let row = |t| B::float_reshape(t, Shape::new([1, m]));
+    let pre = B::float_add(B::float_matmul(x, w), row(bias));
+    let by = row(by);
+    match select {
+        Select::TopK(k) => {
+            let (_, indices) = B::top_k(B::float_mul(pre.clone(), by), k);
+            (B::relu(B::float_gather(1, pre, indices.clone())), indices)
+        }
+        Select::TopKMagnitude(k) => {
+            let (_, indices) = B::top_k(B::float_abs(B::float_mul(pre.clone(), by)), k);
+            (B::float_gather(1, pre, indices.clone()), indices)
+        }
+        Select::BatchTopK(n_kept) => {
+            let ranked = B::relu(B::float_mul(pre.clone(), by));
+            let [n, m] = dims(&ranked);
+            let flat = B::float_reshape(ranked, Shape::new([1, n * m]));
+            let (largest, indices) = B::top_k(flat.clone(), n_kept);
+            let zeros = B::float_mul_scalar(flat, 0.0.into());
+            let is_kept =
+                B::float_scatter(1, zeros, indices, sign::<B>(largest), IndexingUpdateOp::Add);
+            kept::<B>(pre, B::float_reshape(is_kept, Shape::new([n, m])))
+        }
+        Select::Above => {
+            let is_kept = sign::<B>(B::relu(B::float_sub(pre.clone(), B::relu(by))));
+            kept::<B>(pre, is_kept)
+        }
+    }
+}
+
+/// 1 above zero, 0 elsewhere.
+fn sign<B: KernelOps>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let bools = get_or_init_device_settings::<B>(&x.device()).bool_dtype;
+    let float = x.dtype().into();
+    B::bool_into_float(B::float_greater_elem(x, 0.0.into(), bools), float)
+}
+
+/// The entries of `pre` where `is_kept` is 1, and as many zeros as fill up the rows.
+fn kept<B: KernelOps>(
+    pre: FloatTensor<B>,
+    is_kept: FloatTensor<B>,
+) -> (FloatTensor<B>, IntTensor<B>) {
+    let counts = B::float_max(B::float_sum_dim(is_kept.clone(), 1));
+    let data = burn::tensor::read_sync(B::float_into_data(counts)).expect("a number");
+    let k = data.iter::<f32>().next().expect("one number") as usize;
+    B::top_k(B::float_mul(pre, is_kept), k.max(1))
+}
