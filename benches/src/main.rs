@@ -22,7 +22,8 @@ enum What {
 }
 
 fn main() -> Result<()> {
-    match Options::parse().what {
+    let options = Options::parse();
+    examples::pool::on_the_pool(|| match options.what {
         What::Model(options) => model::run(&options),
-    }
+    })
 }

@@ -32,7 +32,21 @@ pub(crate) struct Options {
     /// The block whose output is harvested and differentiated.
     #[arg(long, default_value_t = 15)]
     layer: usize,
+    /// Measures these alone, by their names in the output.
+    #[arg(long, value_parser = NAMES)]
+    only: Vec<String>,
 }
+
+const NAMES: [&str; 8] = [
+    "harvest_l15",
+    "forward_logits",
+    "forward_last",
+    "capture_overhead",
+    "gradient_l15",
+    "decode_f32",
+    "decode_batch16",
+    "decode_bf16",
+];
 
 /// A line of the output.
 #[derive(Serialize)]
@@ -61,14 +75,32 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     examples::allocator::keep_pages();
     let bench = Bench::new(model, options.layer, bandwidth)?;
     println!("{}", bench.limits());
-    bench.harvest();
-    bench.forward();
-    bench.capture()?;
-    bench.gradient()?;
-    bench.decode("decode_f32", 1, size_of::<f32>())?;
-    bench.decode("decode_batch16", 16, size_of::<f32>())?;
-    let bench = Bench { model: load(WeightDtype::Bf16)?, ..bench };
-    bench.decode("decode_bf16", 1, size_of::<u16>())
+    let wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|n| n == name);
+    if wanted("harvest_l15") {
+        bench.harvest();
+    }
+    if wanted("forward_logits") {
+        bench.forward_logits();
+    }
+    if wanted("forward_last") {
+        bench.forward_last();
+    }
+    if wanted("capture_overhead") {
+        bench.capture()?;
+    }
+    if wanted("gradient_l15") {
+        bench.gradient()?;
+    }
+    for (name, n_rows) in [("decode_f32", 1), ("decode_batch16", 16)] {
+        if wanted(name) {
+            bench.decode(name, n_rows, size_of::<f32>())?;
+        }
+    }
+    if wanted("decode_bf16") {
+        let bench = Bench { model: load(WeightDtype::Bf16)?, ..bench };
+        bench.decode("decode_bf16", 1, size_of::<u16>())?;
+    }
+    Ok(())
 }
 
 struct Bench {
@@ -131,7 +163,7 @@ impl Bench {
         self.report("harvest_l15", time, self.flops(self.layer + 1), &[]);
     }
 
-    fn forward(&self) {
+    fn forward_logits(&self) {
         let n_layers = self.model.config().n_layers;
         reset_peak();
         let time = median(|| {
@@ -139,6 +171,10 @@ impl Bench {
         });
         let flops = self.flops(n_layers) + self.unembedding_flops(N_TOKENS);
         self.report("forward_logits", time, flops, &[]);
+    }
+
+    fn forward_last(&self) {
+        let n_layers = self.model.config().n_layers;
         reset_peak();
         let time = median(|| {
             black_box(self.model.last_logits(&self.tokens, &mut ()).expect("it runs"));

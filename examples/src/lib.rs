@@ -8,6 +8,7 @@ pub mod allocator;
 pub mod assets;
 pub mod corpus;
 pub mod device;
+pub mod pool;
 pub mod progress;
 pub mod prompts;
 pub mod refusal;

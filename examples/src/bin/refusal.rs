@@ -7,11 +7,12 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use examples::refusal::{Options, run};
-use examples::{allocator, report, storage};
+use examples::{allocator, pool, report, storage};
 
 fn main() -> ExitCode {
     allocator::keep_pages();
-    match refusal(&Options::parse()) {
+    let options = Options::parse();
+    match pool::on_the_pool(|| refusal(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

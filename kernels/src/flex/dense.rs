@@ -6,7 +6,7 @@ use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, FloatDType, bf16};
 use rayon::prelude::*;
 
-use super::simd::{add_scaled, add_scaled_4, dot, dot_4, multiversion};
+use super::simd::{add_scaled, dot, dot_4, multiversion};
 use super::{Float, Weights, floats, new_floats, packed, weights};
 use crate::ops::dims;
 
@@ -16,32 +16,29 @@ const BLOCKED_FROM: usize = 24;
 const ROWS_BLOCKED_FROM: usize = 12;
 /// Rows of a transposed matrix that a task takes.
 const TASK_ROWS: usize = 512;
+/// Rows of the weights that meet a row of `x` together.
+const TOGETHER: usize = 8;
 /// Parts that the inputs of a linear layer are cut into.
-const N_PARTS: usize = 8;
+const N_PARTS: usize = 4;
 /// Outputs of which a task adds up the parts.
 const SUM_COLUMNS: usize = 1 << 12;
 
-/// Weights of either precision, in f32 as they are needed.
+/// Weights of either precision.
 trait Weight: Copy + Sync {
-    /// A few consecutive weights; `scratch` is at least as long.
-    fn widen<'a>(weights: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+    fn wide(self) -> f32;
 }
 
 impl Weight for f32 {
     #[inline(always)]
-    fn widen<'a>(weights: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
-        weights
+    fn wide(self) -> f32 {
+        self
     }
 }
 
 impl Weight for bf16 {
     #[inline(always)]
-    fn widen<'a>(weights: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        let scratch = &mut scratch[..weights.len()];
-        for (wide, weight) in scratch.iter_mut().zip(weights) {
-            *wide = f32::from_bits(u32::from(weight.to_bits()) << 16);
-        }
-        scratch
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 }
 
@@ -140,32 +137,32 @@ fn interleaved(parts: &[Vec<f32>], n: usize, m: usize, width: usize) -> Vec<f32>
     out
 }
 
-/// Adds what the inputs from `first` on give, four rows of the weights at a time, so that the
-/// outputs are loaded and stored a quarter as often.
+/// Adds what the inputs from `first` on give, some rows of the weights at a time, so that the
+/// outputs are loaded and stored that much less often.
 #[inline(always)]
 fn some_inputs<W: Weight>(out: &mut [f32], x: &[f32], w: &[W], [d_in, d_out, first]: [usize; 3]) {
-    let mut scratch = vec![0f32; 4 * d_out];
-    let (head, tail) = scratch.split_at_mut(2 * d_out);
-    let ((s0, s1), (s2, s3)) = (head.split_at_mut(d_out), tail.split_at_mut(d_out));
-    let fours = w.chunks_exact(4 * d_out);
-    let rest = fours.remainder();
+    let blocks = w.chunks_exact(TOGETHER * d_out);
+    let rest = blocks.remainder();
     let mut i = first;
-    for w in fours {
-        let four = [
-            W::widen(&w[..d_out], s0),
-            W::widen(&w[d_out..2 * d_out], s1),
-            W::widen(&w[2 * d_out..3 * d_out], s2),
-            W::widen(&w[3 * d_out..], s3),
-        ];
+    for w in blocks {
+        let rows: [&[W]; TOGETHER] = std::array::from_fn(|row| &w[row * d_out..][..d_out]);
         for (out, x) in out.chunks_exact_mut(d_out).zip(x.chunks_exact(d_in)) {
-            add_scaled_4(out, [x[i], x[i + 1], x[i + 2], x[i + 3]], four);
+            let x: [f32; TOGETHER] = std::array::from_fn(|row| x[i + row]);
+            for column in 0..d_out {
+                let mut sum = out[column];
+                for row in 0..TOGETHER {
+                    sum = x[row].mul_add(rows[row][column].wide(), sum);
+                }
+                out[column] = sum;
+            }
         }
-        i += 4;
+        i += TOGETHER;
     }
     for w in rest.chunks_exact(d_out) {
-        let one = W::widen(w, s0);
         for (out, x) in out.chunks_exact_mut(d_out).zip(x.chunks_exact(d_in)) {
-            add_scaled(out, x[i], one);
+            for (out, w) in out.iter_mut().zip(w) {
+                *out = x[i].mul_add(w.wide(), *out);
+            }
         }
         i += 1;
     }
@@ -177,7 +174,10 @@ fn some_rows<W: Weight>(out: &mut [f32], x: &[f32], rows: &[W], d: usize) {
     let m = rows.len() / d;
     let mut scratch = vec![0f32; d];
     for (column, row) in rows.chunks_exact(d).enumerate() {
-        let row = W::widen(row, &mut scratch);
+        for (wide, weight) in scratch.iter_mut().zip(row) {
+            *wide = weight.wide();
+        }
+        let row = &scratch[..];
         let fours = x.chunks_exact(4 * d);
         let n_fours = fours.len();
         for (four, x) in fours.enumerate() {
