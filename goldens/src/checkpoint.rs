@@ -35,9 +35,15 @@ impl Fields<'_> {
 
 /// Of all heads of queries, and of all heads of keys.
 fn attention_widths(config: &Fields<'_>) -> Result<[usize; 2], String> {
-    let (d_model, n_heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
-    let d_head = d_model.checked_div(n_heads).ok_or("`num_attention_heads` is 0")?;
-    Ok([d_model, d_head * config.size("num_key_value_heads")?])
+    let n_heads = config.size("num_attention_heads")?;
+    let d_head = match config.size("head_dim") {
+        Ok(d_head) => d_head,
+        Err(_) => {
+            let d_model = config.size("hidden_size")?;
+            d_model.checked_div(n_heads).ok_or("`num_attention_heads` is 0")?
+        }
+    };
+    Ok([n_heads * d_head, d_head * config.size("num_key_value_heads")?])
 }
 
 fn llama(config: &Fields<'_>) -> Result<Vec<NamedShape>, String> {
