@@ -20,7 +20,8 @@ pub fn tensors(config: &Value) -> Result<Vec<NamedShape>, String> {
         Some("llama") => llama(&config),
         Some("phi3") => phi3(&config),
         Some("gptj") => gptj(&config),
-        other => Err(format!("the names of {other:?} are not known here")),
+        Some(other) => Err(format!("the names of `{other}`'s tensors are not known here")),
+        None => Err("the config lacks `model_type`".to_owned()),
     }
 }
 
