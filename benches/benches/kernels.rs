@@ -7,11 +7,13 @@
 //! MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 cargo bench -p benches --bench kernels
 //! ```
 
-use burn::tensor::{Device, Distribution, Int, Tensor};
-use criterion::{Criterion, Throughput};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor};
+use criterion::measurement::WallTime;
+use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
-    adam_step, attention, dot_rows, gated, rms_norm, rotary, sparse_decode, sparse_encode, top_k,
+    adam_step, attention, dot_rows, gated, layer_norm, linear, rms_norm, rotary, sparse_decode,
+    sparse_encode, top_k,
 };
 
 /// Activations of a training step.
@@ -39,7 +41,9 @@ fn main() {
     encoder(&mut criterion, &device);
     decoder(&mut criterion, &device);
     optimiser(&mut criterion, &device);
+    few_rows(&mut criterion, &device);
     blocks(&mut criterion, &device);
+    gradients(&mut criterion, &device.clone().autodiff());
     cached_step(&mut criterion, &device);
     criterion.final_summary();
 }
@@ -103,6 +107,30 @@ fn scaled() -> AttentionConfig {
     AttentionConfig::new((D_HEAD as f64).powf(-0.5))
 }
 
+/// The products of a decoding step, of one conversation and of sixteen: as fast as the weights are
+/// read, in either precision.
+fn few_rows(criterion: &mut Criterion, device: &Device) {
+    let mut group = criterion.benchmark_group("few_rows");
+    group.sample_size(20);
+    for (precision, dtype) in [("f32", DType::F32), ("bf16", DType::BF16)] {
+        let weights = |shape: [usize; 2]| noise(shape, device).cast(dtype);
+        for d_out in [D_MODEL, D_MLP] {
+            let w = weights([D_MODEL, d_out]);
+            group.throughput(Throughput::Bytes((D_MODEL * d_out * dtype.size()) as u64));
+            for n in [1, 16] {
+                let x = noise([n, D_MODEL], device);
+                let id = BenchmarkId::new(format!("linear_{precision}_{D_MODEL}x{d_out}"), n);
+                group.bench_function(id, |b| b.iter(|| linear(x.clone(), w.clone())));
+            }
+        }
+        let (x, rows) = (noise([1, D_MODEL], device), weights([D_VOCAB, D_MODEL]));
+        group.throughput(Throughput::Bytes((D_VOCAB * D_MODEL * dtype.size()) as u64));
+        let id = BenchmarkId::new(format!("dot_rows_{precision}_{D_MODEL}x{D_VOCAB}"), 1);
+        group.bench_function(id, |b| b.iter(|| dot_rows(x.clone(), rows.clone())));
+    }
+    group.finish();
+}
+
 /// What a block of the model is made of, over `[8, 128]` tokens.
 fn blocks(criterion: &mut Criterion, device: &Device) {
     let n = N_ROWS * N_POS;
@@ -119,6 +147,10 @@ fn blocks(criterion: &mut Criterion, device: &Device) {
     group.bench_function("rms_norm", |b| {
         b.iter(|| rms_norm(x.clone(), gain.clone(), 1e-5));
     });
+    let bias = noise([D_MODEL], device);
+    group.bench_function("layer_norm", |b| {
+        b.iter(|| layer_norm(x.clone(), gain.clone(), bias.clone(), 1e-5));
+    });
     group.bench_function("gated", |b| {
         b.iter(|| gated(gate.clone(), up.clone(), Nonlinearity::Silu));
     });
@@ -132,6 +164,45 @@ fn blocks(criterion: &mut Criterion, device: &Device) {
         });
     });
     group.finish();
+}
+
+/// Back through what a block is made of, over `[8, 128]` tokens; the pass forth is not counted.
+fn gradients(criterion: &mut Criterion, device: &Device) {
+    let n = N_ROWS * N_POS;
+    let mut group = criterion.benchmark_group("gradients");
+    group.sample_size(20).throughput(Throughput::Elements(n as u64));
+
+    let (x, gain) = (noise([n, D_MODEL], device), noise([D_MODEL], device));
+    let x = x.require_grad();
+    back(&mut group, "rms_norm", || rms_norm(x.clone(), gain.clone(), 1e-5));
+
+    let leaf = || noise([n, D_MLP], device).require_grad();
+    let (gate, up) = (leaf(), leaf());
+    back(&mut group, "gated", || gated(gate.clone(), up.clone(), Nonlinearity::Silu));
+
+    let angles: Tensor<3> = noise([N_ROWS, N_POS, D_HEAD / 2], device);
+    let (cos, sin) = (angles.clone().cos(), angles.sin());
+    let heads = |n_heads| noise([N_ROWS, N_POS, n_heads, D_HEAD], device).require_grad();
+    let (q, own) = (heads(N_HEADS), (heads(N_KV_HEADS), heads(N_KV_HEADS)));
+    back(&mut group, "rotary", || rotary(q.clone(), cos.clone(), sin.clone(), RotaryPairs::Halves));
+
+    let no_padding = Tensor::<2, Int>::zeros([N_ROWS, N_POS], device);
+    back(&mut group, "attention", || {
+        let key_values = KeyValues { prefix: None, own: own.clone() };
+        attention(q.clone(), key_values, no_padding.clone(), scaled())
+    });
+    group.finish();
+}
+
+/// Times the way back from the mean square of what `forth` gives: the gradient that it starts with
+/// has no two values alike.
+fn back<const D: usize>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    forth: impl Fn() -> Tensor<D>,
+) {
+    let loss = || forth().square().mean();
+    group.bench_function(name, |b| b.iter_batched(loss, |y| y.backward(), BatchSize::PerIteration));
 }
 
 /// One new token in each of 40 conversations, behind a shared prefix of 128 tokens and 32 of

@@ -1,14 +1,17 @@
-//! Measures whole passes beside what the machine can do at most, and prints a JSON line for each.
+//! Measures whole models, and prints a JSON line for each measurement: passes beside what the
+//! machine can do at most, and memory beside the weights.
 
 #![expect(clippy::print_stdout, reason = "the measurements are what the program is for")]
 
 mod limits;
+mod memory;
 mod model;
+mod peak;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures whole passes beside what the machine can do at most.
+/// Measures whole models: their passes, and their memory.
 #[derive(Parser)]
 struct Options {
     #[command(subcommand)]
@@ -19,11 +22,14 @@ struct Options {
 enum What {
     /// Forward passes, decoding and gradients of a model.
     Model(model::Options),
+    /// What a model takes in memory, by its config alone: its weights are drawn.
+    Memory(memory::Options),
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
     examples::pool::on_the_pool(|| match options.what {
         What::Model(options) => model::run(&options),
+        What::Memory(options) => memory::run(&options),
     })
 }

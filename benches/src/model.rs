@@ -17,6 +17,7 @@ use model_hooks::{
 use serde::Serialize;
 
 use crate::limits::{gemm, linear_layers, median, read_bandwidth};
+use crate::peak::{peak_mb, reset_peak};
 
 const N_ROWS: usize = 8;
 const N_POS: usize = 128;
@@ -275,17 +276,4 @@ fn say(name: &'static str, tokens_per_s: f64, limit_fraction: f64, more: &[(&str
     let more = more.iter().map(|(key, value)| ((*key).to_owned(), (*value).into())).collect();
     let line = Line { name, tokens_per_s, limit_fraction, peak_rss_mb: peak_mb(), more };
     println!("{}", serde_json::to_string(&line).expect("numbers and strings"));
-}
-
-/// Linux only; elsewhere the peak stays that of the whole run.
-fn reset_peak() {
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
-/// The most memory held since the last reset; NaN where the system does not say.
-fn peak_mb() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kb = line.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
-    kb.map_or(f64::NAN, |kb| kb * 1024.0 / 1e6)
 }

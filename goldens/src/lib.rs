@@ -3,6 +3,11 @@
 //! A golden test runs every case of a kind that it supports, says aloud which ones it skips, and
 //! fails if it ran none. `GOLDENS` names another folder of the same layout to put through the same
 //! tests.
+//!
+//! Beside them lie the configs that known models are published with (`configs/`), and [`checkpoint`]
+//! makes weights for them.
+
+pub mod checkpoint;
 
 use std::fs;
 use std::io::Write;

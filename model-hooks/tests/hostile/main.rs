@@ -11,6 +11,8 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use model_hooks::ModelConfig;
+use model_hooks::config::Architecture;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -69,6 +71,17 @@ fn seeds_are_read() {
     for_each_seed(|reader, seed| {
         survive(reader, &seed).unwrap_or_else(|error| panic!("{}: {error}", reader.name));
     });
+}
+
+/// What damages files begins with these: a family without one would hardly be reached.
+#[test]
+fn every_architecture_has_a_seed() {
+    let seeds = seeds(reader("config"));
+    let read = seeds.iter().map(|seed| ModelConfig::from_hf(seed, None).expect("a good seed"));
+    let read: Vec<Architecture> = read.map(|config| config.architecture).collect();
+    for (name, architecture) in Architecture::NAMES {
+        assert!(read.contains(&architecture), "fuzz/seeds/config has no {name}");
+    }
 }
 
 #[test]

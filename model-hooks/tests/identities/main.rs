@@ -1,6 +1,7 @@
 //! What must hold of any model: hooks that change nothing, caches, batches, gradients, errors.
 
 mod generation;
+mod published;
 
 use std::ops::ControlFlow;
 use std::path::Path;
