@@ -7,6 +7,7 @@ mod limits;
 mod memory;
 mod model;
 mod peak;
+mod sae_step;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -24,6 +25,8 @@ enum What {
     Model(model::Options),
     /// What a model takes in memory, by its config alone: its weights are drawn.
     Memory(memory::Options),
+    /// A training step of an SAE.
+    SaeStep(sae_step::Options),
 }
 
 fn main() -> Result<()> {
@@ -31,5 +34,6 @@ fn main() -> Result<()> {
     examples::pool::on_the_pool(|| match options.what {
         What::Model(options) => model::run(&options),
         What::Memory(options) => memory::run(&options),
+        What::SaeStep(options) => sae_step::run(&options),
     })
 }

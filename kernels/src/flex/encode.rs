@@ -29,7 +29,7 @@ pub(super) fn sparse_encode(
         Select::TopK(k) => {
             let mut picked = Picked::new(n, k);
             for_each_tile(x, w, |tile, m| {
-                picked.scan(tile, m, |row, best| pick_values(row, bias, by, k, best));
+                picked.scan(tile, m, |row, room| pick_values(row, bias, by, k, room));
             });
             picked.rectify();
             picked.into_tensors(n, k)
@@ -37,7 +37,7 @@ pub(super) fn sparse_encode(
         Select::TopKMagnitude(k) => {
             let mut picked = Picked::new(n, k);
             for_each_tile(x, w, |tile, m| {
-                picked.scan(tile, m, |row, best| pick_magnitudes(row, bias, by, k, best));
+                picked.scan(tile, m, |row, room| pick_magnitudes(row, bias, by, k, room));
             });
             picked.into_tensors(n, k)
         }

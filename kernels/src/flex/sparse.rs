@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::simd::{add_scaled, dot, multiversion};
+use super::simd::{add_scaled, add_scaled_4, dot, multiversion};
 use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
 use crate::ops::dims;
 
@@ -82,11 +82,8 @@ fn by_index(indices: &[i32], values: &[f32], k: usize, m: usize) -> (Vec<usize>,
 multiversion! {
     fn decode_row(out: &mut [f32], indices: &[i32], values: &[f32], rows: &[f32]) {
         let d = out.len();
-        for (&index, &value) in indices.iter().zip(values) {
-            if value != 0.0 {
-                add_scaled(out, value, &rows[index as usize * d..][..d]);
-            }
-        }
+        let entries = indices.iter().zip(values).filter(|&(_, &value)| value != 0.0);
+        add_all(out, entries.map(|(&index, &value)| (value, &rows[index as usize * d..][..d])));
     }
 }
 
@@ -102,9 +99,27 @@ multiversion! {
 multiversion! {
     fn add_rows(out: &mut [f32], entries: &[(u32, f32)], grad: &[f32]) {
         let d = out.len();
-        for &(row, value) in entries {
-            if value != 0.0 {
-                add_scaled(out, value, &grad[row as usize * d..][..d]);
+        let entries = entries.iter().filter(|(_, value)| *value != 0.0);
+        add_all(out, entries.map(|&(row, value)| (value, &grad[row as usize * d..][..d])));
+    }
+}
+
+/// `out += Σ value · row`, in the order of the entries.
+#[inline(always)]
+fn add_all<'a>(out: &mut [f32], mut entries: impl Iterator<Item = (f32, &'a [f32])>) {
+    while let Some(first) = entries.next() {
+        let Some(second) = entries.next() else { return add_scaled(out, first.0, first.1) };
+        let (third, fourth) = (entries.next(), entries.next());
+        match (third, fourth) {
+            (Some(third), Some(fourth)) => add_scaled_4(
+                out,
+                [first.0, second.0, third.0, fourth.0],
+                [first.1, second.1, third.1, fourth.1],
+            ),
+            (third, _) => {
+                for (value, row) in [Some(first), Some(second), third].into_iter().flatten() {
+                    add_scaled(out, value, row);
+                }
             }
         }
     }

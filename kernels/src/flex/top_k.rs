@@ -1,4 +1,4 @@
-//! Top-k of rows by a threshold scan.
+//! Top-k of rows by the maxima of strands of columns.
 
 use rayon::prelude::*;
 
@@ -6,12 +6,14 @@ use super::simd::multiversion;
 use super::{Float, Int, floats, new_floats, new_ints, packed};
 use crate::ops::dims;
 
-/// Entries that the scan rejects or looks into together.
-const BLOCK: usize = 32;
+/// Strands side by side.
+const LANES: usize = 32;
+/// Entries of a strand, at most.
+const DEEPEST: usize = 64;
 
 /// A ranked entry: its key, the value to report, and its column.
 #[derive(Clone, Copy)]
-pub(super) struct Candidate {
+struct Candidate {
     key: f32,
     value: f32,
     column: u32,
@@ -24,6 +26,14 @@ impl Candidate {
     }
 }
 
+/// Room to work in, used again from row to row.
+#[derive(Default)]
+pub(super) struct Room {
+    best: Vec<Candidate>,
+    maxima: Vec<f32>,
+    ranked: Vec<f32>,
+}
+
 /// `−0` and NaN would break ties or comparisons.
 #[inline(always)]
 fn key(x: f32) -> f32 {
@@ -34,7 +44,7 @@ pub(super) fn top_k(x: Float, k: usize) -> (Float, Int) {
     let [n, m] = dims(&x);
     let x = packed(x);
     let mut picked = Picked::new(n, k);
-    picked.scan(floats(&x), m, |row, best| scan_plain(row, k, best));
+    picked.scan(floats(&x), m, |row, room| scan_plain(row, k, room));
     picked.into_tensors(n, k)
 }
 
@@ -51,12 +61,7 @@ impl Picked {
     }
 
     /// Appends the picks of every row of `x`.
-    pub(super) fn scan(
-        &mut self,
-        x: &[f32],
-        m: usize,
-        pick: impl Fn(&[f32], &mut Vec<Candidate>) + Sync,
-    ) {
+    pub(super) fn scan(&mut self, x: &[f32], m: usize, pick: impl Fn(&[f32], &mut Room) + Sync) {
         let (k, from) = (self.k, self.values.len());
         let n = x.len() / m;
         self.values.resize(from + n * k, 0.0);
@@ -65,16 +70,13 @@ impl Picked {
             .par_chunks_mut(k)
             .zip(self.columns[from..].par_chunks_mut(k))
             .zip(x.par_chunks(m))
-            .for_each_init(
-                || Vec::with_capacity(4 * k + BLOCK),
-                |best, ((values, columns), row)| {
-                    pick(row, best);
-                    for (slot, candidate) in best.iter().enumerate() {
-                        values[slot] = candidate.value;
-                        columns[slot] = candidate.column as i32;
-                    }
-                },
-            );
+            .for_each_init(Room::default, |room, ((values, columns), row)| {
+                pick(row, room);
+                for (slot, candidate) in room.best.iter().enumerate() {
+                    values[slot] = candidate.value;
+                    columns[slot] = candidate.column as i32;
+                }
+            });
     }
 
     /// What is below zero counts as zero.
@@ -90,8 +92,8 @@ impl Picked {
 }
 
 multiversion! {
-    fn scan_plain(row: &[f32], k: usize, best: &mut Vec<Candidate>) {
-        scan(row.len(), k, best, #[inline(always)] |i| (row[i], row[i]));
+    fn scan_plain(row: &[f32], k: usize, room: &mut Room) {
+        scan(row.len(), k, room, #[inline(always)] |i| (row[i], row[i]));
     }
 }
 
@@ -102,10 +104,10 @@ multiversion! {
         bias: &[f32],
         scale: &[f32],
         k: usize,
-        best: &mut Vec<Candidate>,
+        room: &mut Room,
     ) {
         let (bias, scale) = (&bias[..row.len()], &scale[..row.len()]);
-        scan(row.len(), k, best, #[inline(always)] |i| {
+        scan(row.len(), k, room, #[inline(always)] |i| {
             let value = row[i] + bias[i];
             (value * scale[i], value)
         });
@@ -119,54 +121,58 @@ multiversion! {
         bias: &[f32],
         scale: &[f32],
         k: usize,
-        best: &mut Vec<Candidate>,
+        room: &mut Room,
     ) {
         let (bias, scale) = (&bias[..row.len()], &scale[..row.len()]);
-        scan(row.len(), k, best, #[inline(always)] |i| {
+        scan(row.len(), k, room, #[inline(always)] |i| {
             let value = row[i] + bias[i];
             ((value * scale[i]).abs(), value)
         });
     }
 }
 
-/// Leaves the `k` best of `m` entries in `best`, in order.
+/// Leaves the `k` best of `m` entries in `room.best`, in order.
 ///
-/// The threshold is the k-th best key of some earlier prefix, so an entry that does not exceed it
-/// cannot be among the best (an equal one comes later, and ties go to the lower column). Whole
-/// blocks are rejected by one vectorised comparison.
+/// Columns are dealt out to strands, and the maximum of each is found by vector instructions. The
+/// k-th largest of these maxima is a bar that at least `k` entries reach, and few more: only strands
+/// whose maximum reaches it are looked into.
 #[inline(always)]
-fn scan(m: usize, k: usize, best: &mut Vec<Candidate>, at: impl Fn(usize) -> (f32, f32)) {
+fn scan(m: usize, k: usize, room: &mut Room, at: impl Fn(usize) -> (f32, f32)) {
+    let Room { best, maxima, ranked } = room;
     best.clear();
     let candidate = |i: usize| {
         let (ranked, value) = at(i);
         Candidate { key: key(ranked), value, column: i as u32 }
     };
-    best.extend((0..k).map(candidate));
-    let mut threshold = best.iter().map(|c| c.key).fold(f32::INFINITY, f32::min);
-    let mut i = k;
-    while i < m {
-        let end = (i + BLOCK).min(m);
-        let mut any = false;
-        for j in i..end {
-            any |= at(j).0 > threshold;
-        }
-        if any {
-            best.extend((i..end).map(candidate).filter(|c| c.key > threshold));
-            if best.len() >= 4 * k {
-                threshold = shrink(best, k);
+    let depth = (m / (8 * k)).clamp(1, DEEPEST);
+    let whole = m / (LANES * depth) * (LANES * depth);
+    if whole / depth < 2 * k {
+        best.extend((0..m).map(candidate));
+    } else {
+        maxima.clear();
+        for group in (0..whole).step_by(LANES * depth) {
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            for start in (group..group + LANES * depth).step_by(LANES) {
+                for (lane, max) in lanes.iter_mut().enumerate() {
+                    let x = at(start + lane).0;
+                    *max = if x > *max { x } else { *max };
+                }
             }
+            maxima.extend(lanes);
         }
-        i = end;
+        ranked.clone_from(maxima);
+        let (_, &mut bar, _) = ranked.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+        let reaches = |candidate: &Candidate| candidate.key >= bar;
+        for (strand, _) in maxima.iter().enumerate().filter(|&(_, &max)| max >= bar) {
+            let first = strand / LANES * LANES * depth + strand % LANES;
+            let columns = (first..first + LANES * depth).step_by(LANES);
+            best.extend(columns.map(candidate).filter(reaches));
+        }
+        best.extend((whole..m).map(candidate).filter(reaches));
     }
     if best.len() > k {
-        shrink(best, k);
+        best.select_nth_unstable_by(k - 1, Candidate::order);
+        best.truncate(k);
     }
     best.sort_unstable_by(Candidate::order);
-}
-
-/// Keeps the `k` best and gives the key of the last of them.
-fn shrink(best: &mut Vec<Candidate>, k: usize) -> f32 {
-    best.select_nth_unstable_by(k - 1, Candidate::order);
-    best.truncate(k);
-    best[k - 1].key
 }
