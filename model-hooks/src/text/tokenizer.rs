@@ -91,6 +91,16 @@ impl Tokenizer {
         {
             return Err(TextError::UnknownToken { token_id });
         }
+        // The BPE decoder subtracts one from the number of tokens without a look, which panics where
+        // overflow is checked.
+        let is_kept = |&id: &u32| {
+            let added = self.inner.get_added_vocabulary();
+            let piece = self.inner.id_to_token(id);
+            !skip_special || !piece.is_some_and(|piece| added.is_special_token(&piece))
+        };
+        if !token_ids.iter().any(is_kept) {
+            return Ok(String::new());
+        }
         self.inner.decode(token_ids, skip_special).map_err(|source| TextError::Decode { source })
     }
 
@@ -175,6 +185,17 @@ mod tests {
     fn added(content: &str, id: u32) -> Value {
         json!([{"id": id, "content": content, "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false, "special": true}])
+    }
+
+    #[test]
+    fn no_tokens_are_no_text_whatever_the_decoder() {
+        let bpe = json!({"type": "BPEDecoder", "suffix": "</w>"});
+        for decoder in [("decoder", bpe), ("decoder", Value::Null)] {
+            let tokenizer = tiny(&[decoder]).unwrap();
+            assert_eq!(tokenizer.decode(&[]).unwrap(), "");
+            assert_eq!(tokenizer.decode_plain(&[5, 5]).unwrap(), "");
+            assert_eq!(tokenizer.decode_plain(&[5, 2]).unwrap(), "ab");
+        }
     }
 
     #[test]
