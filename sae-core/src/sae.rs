@@ -234,14 +234,16 @@ impl Sae {
     /// measured in those.
     ///
     /// # Shapes
-    /// `[d_sae, d_out]`.
+    /// `[d_sae, d_in]`.
     ///
     /// # Panics
-    /// If that depends on the activation, because each is normalised by itself and what is decoded
-    /// is brought back.
+    /// If that depends on the activation, because each is normalised by itself; or this is a
+    /// transcoder: it does not write where it reads, and who takes its rows from
+    /// [`weights`](Self::weights) has to know where that is.
     pub fn directions(&self) -> Tensor<2> {
+        assert!(self.config.transcodes_to.is_none(), "a transcoder writes at another point");
         assert!(
-            !self.undoes_normalization(),
+            !self.config.normalization.is_by_row(),
             "what a unit of a latent writes depends on the norm of the activation"
         );
         let w_dec = self.weights.w_dec.clone();
