@@ -110,13 +110,17 @@ impl SaeWeights {
         Self { w_enc, b_enc, w_dec, b_dec, threshold: None, magnitude: None, w_skip: None }
     }
 
-    /// Those of a matching pursuit, whose encoder is its decoder.
+    /// Those of a matching pursuit, whose encoder is its decoder. The encoder, which only ranks, is in
+    /// no graph.
     ///
     /// # Shapes
     /// `w_dec`: `[d_sae, d_in]`, `b_dec`: `[d_in]`.
     pub fn tied(w_dec: Tensor<2>, b_dec: Tensor<1>) -> Self {
-        let b_enc = Tensor::zeros([w_dec.dims()[0]], &w_dec.device());
-        Self::new(w_dec.clone().transpose(), b_enc, w_dec, b_dec)
+        let device = w_dec.device();
+        let b_enc = Tensor::zeros([w_dec.dims()[0]], &device);
+        // Laid out once: a kernel that met a view of the decoder would lay it out at each pick.
+        let w_enc = Tensor::from_data(w_dec.clone().transpose().into_data(), &device);
+        Self::new(w_enc, b_enc, w_dec, b_dec)
     }
 
     /// # Panics

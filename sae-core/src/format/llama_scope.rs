@@ -106,7 +106,7 @@ impl Mirror {
             let expected = "a norm between 1e-6 and 1e9";
             return refuse("dataset_average_activation_norm.in", expected, norm.to_string());
         }
-        if !(self.jump_relu_threshold.abs() <= 1e9) {
+        if self.jump_relu_threshold.abs() > 1e9 {
             let threshold = self.jump_relu_threshold.to_string();
             return refuse("jump_relu_threshold", "at most 1e9", threshold);
         }

@@ -61,7 +61,8 @@ enum Format {
 /// Reads the SAE in a folder, or in a file that is one by itself (`*.npz`, `*.pt`).
 ///
 /// Where a format leaves a choice, it is the one that its own library makes by default; the
-/// modules have it as an argument.
+/// modules have it as an argument. An `npz` does not say whether it is an SAE or a transcoder, and
+/// is taken for an SAE: see [`gemma_scope::Role`].
 ///
 /// # Errors
 /// If no format or two have such files, or as the module of the format says.

@@ -14,8 +14,9 @@ use super::error::FormatError;
 use super::tensors::{Element, Stored, Tensors, row_major};
 use pickle::{Machine, Storage, Value};
 
-/// The longest pickle that is run: a state of a thousand tensors has a hundredth of it.
-const LONGEST_PICKLE: usize = 1 << 24;
+/// The longest pickle that is run, which takes some fifty times as much memory: a state of a
+/// thousand tensors has a fifth of it.
+const LONGEST_PICKLE: usize = 1 << 20;
 
 /// What a checkpoint holds under the names of its dictionary.
 pub(super) struct Checkpoint<'a> {
@@ -63,7 +64,7 @@ impl<'a> Checkpoint<'a> {
         }
         let program = archive.read(pickle)?;
         if program.len() > LONGEST_PICKLE {
-            return Err(refuse(pickle, "at most 16 MiB", &format!("{} bytes", program.len())));
+            return Err(refuse(pickle, "at most 1 MiB", &format!("{} bytes", program.len())));
         }
         let mut machine = Machine::new(&program);
         let root = machine.run().map_err(|stop| FormatError::Pickle {

@@ -87,7 +87,7 @@ pub fn write(sae: &Sae, folder: &Path) -> Result<(), FormatError> {
 /// ([`read_log_sparsity`]).
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 ///
 /// # Panics
 /// If there is not one number for each latent.

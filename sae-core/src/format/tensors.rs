@@ -145,7 +145,11 @@ impl<'a> Tensors<'a> {
         device: &Device,
     ) -> Result<Tensor<2>, FormatError> {
         let [rows, columns] = expected;
-        Ok(self.floats(tensor, [columns, rows], device)?.transpose())
+        let values = self.values(tensor, &[columns, rows])?;
+        // Laid out here, once: a kernel that met a view of it would lay it out each time.
+        let row = |row| values.iter().skip(row).step_by(rows).copied();
+        let values: Vec<f32> = (0..rows).flat_map(row).collect();
+        Ok(Tensor::from_data(TensorData::new(values, expected), device))
     }
 
     /// The number of a tensor that has one, of shape `[]` or `[1]`.
@@ -205,13 +209,33 @@ impl<'a> Tensors<'a> {
         self.check_shape(tensor, stored, expected)?;
         let values = floats(stored)
             .ok_or_else(|| self.wrong_element(tensor, stored, "F64, F32, BF16 or F16"))?;
-        match values.iter().position(|value| !value.is_finite()) {
+        match infinite(&values) {
             None => Ok(values),
-            Some(index) => {
-                Err(FormatError::NotFinite { path: self.path.to_owned(), tensor, index })
-            }
+            Some(index) => Err(self.not_finite(tensor, index)),
         }
     }
+
+    /// What was made of a tensor, all finite too.
+    pub(super) fn check_finite(
+        &self,
+        tensor: &'static str,
+        made: Tensor<1>,
+    ) -> Result<Tensor<1>, FormatError> {
+        let values: Vec<f32> = made.to_data().try_into_vec_as().expect("numbers are numbers");
+        match infinite(&values) {
+            None => Ok(made),
+            Some(index) => Err(self.not_finite(tensor, index)),
+        }
+    }
+
+    fn not_finite(&self, tensor: &'static str, index: usize) -> FormatError {
+        FormatError::NotFinite { path: self.path.to_owned(), tensor, index }
+    }
+}
+
+/// The first element that is no finite number.
+fn infinite(values: &[f32]) -> Option<usize> {
+    values.iter().position(|value| !value.is_finite())
 }
 
 /// The elements of an array in row-major order, which lie `strides` elements apart from `offset` on.

@@ -16,6 +16,8 @@ use super::*;
 use crate::activation::Activation;
 use crate::sae::SaeWeights;
 
+/// Files by their names.
+type Files = Vec<(&'static str, Vec<u8>)>;
 type Array = (&'static str, Vec<usize>, Vec<f32>);
 
 /// A folder with these files.
@@ -160,7 +162,7 @@ fn llama_config() -> Value {
 }
 
 /// One small valid folder of each format.
-fn examples() -> Vec<(&'static str, Vec<(&'static str, Vec<u8>)>)> {
+fn examples() -> Vec<(&'static str, Files)> {
     let saelens = json!({
         "architecture": "jumprelu", "d_in": 2, "d_sae": 3, "metadata": {},
         "apply_b_dec_to_input": false,

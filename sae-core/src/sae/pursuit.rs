@@ -135,6 +135,9 @@ impl Support {
 mod tests {
     use super::*;
     use burn::tensor::{Device, TensorData, Tolerance};
+    use proptest::prelude::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
 
     const LIMITS: Limits =
         Limits { residual_threshold: 0.0, max_iterations: None, stop_on_duplicate_support: false };
@@ -149,7 +152,7 @@ mod tests {
     }
 
     fn assert_close<const D: usize>(actual: Tensor<D>, expected: impl Into<TensorData>) {
-        let tolerance = Tolerance::<f32>::absolute(1e-6);
+        let tolerance = Tolerance::<f32>::absolute(1e-5);
         actual.into_data().assert_approx_eq(&expected.into(), tolerance);
     }
 
@@ -195,6 +198,72 @@ mod tests {
         let expected = [[0.0, 0.0, 5.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]];
         assert_close(run(x(), limits).to_dense(), expected);
         assert_eq!(run(x(), limits).values.dims(), [3, 1]);
+    }
+
+    /// One row, latent by latent, all products written out.
+    fn plain(row: &[f32], w_dec: &[Vec<f32>], limits: Limits) -> Vec<f32> {
+        let mut residual = row.to_vec();
+        let mut latents = vec![0.0; w_dec.len()];
+        for _ in 0..limits.max_iterations.unwrap_or(row.len()) {
+            let product = |latent: &Vec<f32>| -> f32 {
+                latent.iter().zip(&residual).map(|(w, r)| w * r).sum()
+            };
+            let products: Vec<f32> = w_dec.iter().map(product).collect();
+            let best = (0..products.len())
+                .rev()
+                .max_by(|a, b| products[*a].total_cmp(&products[*b]))
+                .expect("a latent");
+            let value = products[best].max(0.0);
+            let is_new = latents[best] == 0.0 && value > 0.0;
+            latents[best] += value;
+            for (r, w) in residual.iter_mut().zip(&w_dec[best]) {
+                *r -= value * w;
+            }
+            let norm = residual.iter().map(|r| r * r).sum::<f32>().sqrt();
+            let is_small = f64::from(norm) < limits.residual_threshold;
+            if is_small || limits.stop_on_duplicate_support && !is_new {
+                break;
+            }
+        }
+        latents
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn rows_together_are_rows_alone(
+            (n, d_in, d_sae) in (1..9usize, 1..9usize, 1..20usize),
+            residual_threshold in prop_oneof![Just(0.0), 0.05..1.0],
+            max_iterations in prop_oneof![Just(None), (1..12usize).prop_map(Some)],
+            stop_on_duplicate_support: bool,
+            seed: u64,
+        ) {
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            let mut rows = |n: usize| -> Vec<Vec<f32>> {
+                let row = |_| (0..d_in).map(|_| random.random_range(-1.0..1.0)).collect();
+                (0..n).map(row).collect()
+            };
+            let (x, mut w_dec) = (rows(n), rows(d_sae));
+            // Of other norms than 1 a pursuit need not converge.
+            for row in &mut w_dec {
+                let norm = row.iter().map(|w| w * w).sum::<f32>().sqrt();
+                row.iter_mut().for_each(|w| *w /= norm);
+            }
+            let tensor = |rows: &[Vec<f32>]| {
+                let data = TensorData::new(rows.concat(), [rows.len(), d_in]);
+                Tensor::<2>::from_data(data, &Device::flex())
+            };
+            let limits = Limits { residual_threshold, max_iterations, stop_on_duplicate_support };
+            let rows_of = tensor(&w_dec);
+            let latents = pursue(tensor(&x), rows_of.clone().transpose(), rows_of, limits);
+            let expected: Vec<f32> =
+                x.iter().flat_map(|row| plain(row, &w_dec, limits)).collect();
+            let dense = latents.to_dense();
+            assert_close(dense, TensorData::new(expected, [n, d_sae]));
+            let mut seen = std::collections::HashSet::new();
+            prop_assert!(latents.entries().all(|entry| seen.insert((entry.row, entry.latent_idx))));
+        }
     }
 
     #[test]

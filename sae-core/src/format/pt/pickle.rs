@@ -89,7 +89,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// The entries of a dictionary, later ones first where a key comes twice.
+    /// The entries of a dictionary as they were put in; where a key comes twice, the last counts.
     pub(super) fn entries(&self, dict: usize) -> impl Iterator<Item = (&'a str, &Value)> {
         self.dicts[dict].iter().map(|(key, value)| (self.texts[*key], value))
     }

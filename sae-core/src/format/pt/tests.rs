@@ -69,7 +69,10 @@ pub(in crate::format) fn archive(program: &Program, storages: &[(&str, &[f32])])
     zip(&entries, CompressionMethod::Stored)
 }
 
-fn read(program: &Program) -> Result<Vec<(String, Vec<usize>, Vec<u8>)>, FormatError> {
+/// A tensor's name, shape and bytes.
+type Read = (String, Vec<usize>, Vec<u8>);
+
+fn read(program: &Program) -> Result<Vec<Read>, FormatError> {
     let bytes = archive(program, &[("0", &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]);
     let path = Path::new(PATH);
     let checkpoint = Checkpoint::read(path, &bytes)?;

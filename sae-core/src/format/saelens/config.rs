@@ -132,7 +132,13 @@ pub(super) fn write(path: &Path, config: &SaeConfig, skips: bool) -> Result<Vec<
     let mut keys = Map::new();
     keys.insert("architecture".to_owned(), architecture.into());
     keys.extend(own);
-    keys.extend(object(Common::from(config.clone())).map_err(json)?);
+    let mut common = Common::from(config.clone());
+    let other = std::mem::take(&mut common.other);
+    keys.extend(object(common).map_err(json)?);
+    for (key, value) in other {
+        // What another format means by such a key is not what SAELens would read in it.
+        keys.entry(key).or_insert(value);
+    }
     let mut bytes = serde_json::to_vec_pretty(&keys).map_err(json)?;
     bytes.push(b'\n');
     Ok(bytes)
@@ -298,11 +304,11 @@ impl FileConfig {
     }
 }
 
-/// The name of the architecture and the keys that only it has; none if SAELens has none such.
-fn own_keys(
-    config: &SaeConfig,
-    skips: bool,
-) -> Result<Option<(&'static str, Map<String, Value>)>, serde_json::Error> {
+/// The name of an architecture, and the keys that only it has.
+type OwnKeys = (&'static str, Map<String, Value>);
+
+/// Those of an SAE; none if SAELens has no architecture for it.
+fn own_keys(config: &SaeConfig, skips: bool) -> Result<Option<OwnKeys>, serde_json::Error> {
     if let Some(d_out) = config.transcodes_to {
         let architecture = match (config.activation, skips) {
             (Activation::Relu, false) => "transcoder",

@@ -254,6 +254,27 @@ fn logarithms_of_thresholds_are_read() {
     let threshold = folder.read().expect("valid").weights().threshold.clone();
     let threshold = threshold.expect("a JumpReLU SAE").into_data();
     threshold.assert_eq(&TensorData::from([1.0f32; 3]), true);
+    all.last_mut().expect("the threshold").3 = floats(&[0.0, 100.0, 0.0]);
+    folder.set_tensors(&all);
+    assert!(matches!(
+        folder.refused(),
+        FormatError::NotFinite { tensor: "log_threshold", index: 1, .. }
+    ));
+}
+
+#[test]
+fn keys_of_other_formats_do_not_stand_in_for_ours() {
+    let sae = Folder::new().read().expect("valid");
+    let mut config = sae.config().clone();
+    config.other.insert("dtype".to_owned(), "torch.bfloat16".into());
+    config.other.insert("d_in".to_owned(), 7.into());
+    let sae = Sae::new(config, sae.weights().clone()).expect("valid");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("sae");
+    write(&sae, &path).expect("written");
+    let written = fs::read(path.join(CONFIG)).expect("read");
+    let written: Value = serde_json::from_slice(&written).expect("JSON");
+    assert_eq!((&written["dtype"], &written["d_in"]), (&json!("float32"), &json!(2)));
 }
 
 #[test]
@@ -269,7 +290,7 @@ fn a_scale_for_all_activations_is_folded() {
     };
     scaler(r#"{"scaling_factor": 2.0, "has_whitening": false}"#);
     assert_folded();
-    for refused in [r#"{"scaling_factor": null}"#, r#"{"scaling_factor": -2.0}"#, "{}"] {
+    for refused in [r#"{"scaling_factor": null}"#, r#"{"scaling_factor": 1e300}"#, "{}"] {
         scaler(refused);
         assert!(
             matches!(

@@ -36,10 +36,13 @@ pub(super) fn read(
     if let Some(scale) = finetuned(path, &tensors, &mut config, device)? {
         weights.w_dec = weights.w_dec * scale.unsqueeze_dim(1);
     }
-    let missing = || unscaled(path);
     let scale = match (config.is_for_scaled_input, input_scale) {
         (false, _) => None,
-        (true, scale) => Some(scale.filter(|s| s.is_finite() && *s > 0.0).ok_or_else(missing)?),
+        // Far from where weights would leave the numbers of f32.
+        (true, scale) => {
+            let scale = scale.filter(|scale| (1e-9..=1e9).contains(scale));
+            Some(scale.ok_or_else(|| unscaled(path))?)
+        }
     };
     match &config.batch {
         None => {
@@ -104,7 +107,7 @@ fn of_kind(
         }
         Activation::JumpRelu if config.batch.is_none() => {
             let threshold = match tensors.has("log_threshold") {
-                true => floats("log_threshold")?.exp(),
+                true => tensors.check_finite("log_threshold", floats("log_threshold")?.exp())?,
                 false => floats("threshold")?,
             };
             (Some(floats("b_enc")?), Some(threshold), None)
@@ -165,7 +168,7 @@ fn unscaled(path: &Path) -> FormatError {
     FormatError::UnsupportedOption {
         path: path.to_owned(),
         key: "normalize_activations",
-        expected: "none, or a positive scaling factor in activation_scaler.json or in the weights",
+        expected: "none, or a scaling factor (1e-9 to 1e9) in activation_scaler.json or in the weights",
         actual: "expected_average_only_in".to_owned(),
     }
 }
