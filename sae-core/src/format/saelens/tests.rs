@@ -314,7 +314,14 @@ const SCALING_FACTOR: &str = "scaling_factor";
 #[test]
 fn what_finetuning_multiplied_latents_by_is_folded() {
     let folder = Folder::new();
-    folder.set_config(&config_with("finetuning_scaling_factor", json!(true)));
+    let mut finetuned = config_with("finetuning_scaling_factor", json!(true));
+    folder.set_config(&finetuned);
+    assert!(matches!(
+        folder.refused(),
+        FormatError::UnsupportedOption { key: "finetuning_scaling_factor", .. }
+    ));
+    finetuned["rescale_acts_by_decoder_norm"] = json!(false);
+    folder.set_config(&finetuned);
     assert!(matches!(folder.refused(), FormatError::MissingTensor { tensor: SCALING_FACTOR, .. }));
     let with = |scale: &[f32]| {
         let mut all = tensors();

@@ -117,7 +117,7 @@ fn of_kind(
     let w_dec = tensors.floats("W_dec", [d_sae, d_out], device)?;
     let b_dec = tensors.floats("b_dec", [d_out], device)?;
     let Some(b_enc) = b_enc else {
-        tensors.only(&names)?;
+        tensors.only(&["W_dec", "b_dec"])?;
         return Ok(SaeWeights::tied(w_dec, b_dec));
     };
     names.push("W_enc");
@@ -147,6 +147,14 @@ fn finetuned(
     let is_input_scale = config.is_for_scaled_input && is_number(tensors);
     if is_input_scale || !(tensors.has(SCALING_FACTOR) || config.is_finetuned()) {
         return Ok(None);
+    }
+    if config.is_finetuned() && config.sae.activation.rescales_by_decoder_norm() {
+        return Err(FormatError::UnsupportedOption {
+            path: path.to_owned(),
+            key: "finetuning_scaling_factor",
+            expected: "false, where decoder norms rank",
+            actual: "true".to_owned(),
+        });
     }
     let scale = tensors.floats(SCALING_FACTOR, [config.sae.d_sae], device)?;
     if !config.is_finetuned() {
