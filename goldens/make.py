@@ -14,6 +14,7 @@ import copy
 import importlib.metadata
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -446,32 +447,88 @@ def gguf_tokenizer(path):
     return tokenizer
 
 
-# sae_lens and sae_lens_train: TopK
+# sae_lens and sae_lens_train: every architecture of SAELens
 
-D_IN, D_SAE, K, N = 20, 80, 7, 12
-# Whether norms rescale, and how strongly and on how many dead latents the auxiliary loss acts.
+D_IN, D_SAE, D_OUT, K, N = 20, 80, 16, 7, 12
+
+# Name: the architecture, and what its config is told beyond the sizes.
+RESCALED = {"rescale_acts_by_decoder_norm": True}
+TRANSCODER = {"d_out": D_OUT, "apply_b_dec_to_input": False}
+INFERENCE = {
+    "standard": ("standard", {}),
+    "standard_no_bdec_input": ("standard", {"apply_b_dec_to_input": False}),
+    "standard_layer_norm": ("standard", {"normalize_activations": "layer_norm"}),
+    "standard_constant_norm_rescale": (
+        "standard", {"normalize_activations": "constant_norm_rescale"}),
+    "topk": ("topk", {"k": K}),
+    "topk_rescale": ("topk", {"k": K} | RESCALED),
+    "abstopk": ("abstopk", {"k": K}),
+    "gated": ("gated", {}),
+    "jumprelu": ("jumprelu", {}),
+    "matching_pursuit": ("matching_pursuit", {}),
+    "transcoder": ("transcoder", TRANSCODER),
+    "skip_transcoder": ("skip_transcoder", TRANSCODER),
+    "jumprelu_transcoder": ("jumprelu_transcoder", TRANSCODER),
+    "jumprelu_skip_transcoder": ("jumprelu_skip_transcoder", TRANSCODER),
+}
+
+# Name: the architecture, what its config is told, and how many latents count as dead.
+L1 = {"l1_coefficient": 0.7}
+BATCH = {"k": 6.5, "aux_loss_coefficient": 1.0}
+MATRYOSHKA = {"k": K, "aux_loss_coefficient": 1.0, "matryoshka_widths": [10, 20, 40, 80]}
+JUMP = {"jumprelu_bandwidth": 0.3, "l0_coefficient": 0.4}
 TRAINING = {
-    "topk": (True, 1.0, 0),
-    "topk_dead": (True, 1.0, 30),
-    "topk_fewdead": (True, 1.0, 4),
-    "topk_norescale_dead": (False, 0.5, 30),
+    "standard": ("standard", L1, 0),
+    "standard_lp2": ("standard", L1 | {"lp_norm": 2.0}, 0),
+    "gated": ("gated", L1, 0),
+    "topk": ("topk", {"k": K, "aux_loss_coefficient": 1.0}, 0),
+    "topk_dead": ("topk", {"k": K, "aux_loss_coefficient": 1.0}, 30),
+    "topk_fewdead": ("topk", {"k": K, "aux_loss_coefficient": 1.0}, 4),
+    "topk_norescale_dead": ("topk", {"k": K, "aux_loss_coefficient": 0.5,
+                                     "rescale_acts_by_decoder_norm": False}, 30),
+    "abstopk_dead": ("abstopk", {"k": K, "aux_loss_coefficient": 1.0}, 30),
+    "batchtopk": ("batchtopk", BATCH, 0),
+    "batchtopk_dead": ("batchtopk", BATCH, 30),
+    "matryoshka": ("matryoshka_batchtopk", MATRYOSHKA, 0),
+    "matryoshka_dead": ("matryoshka_batchtopk", MATRYOSHKA, 30),
+    "matryoshka_dead_ownaux": (
+        "matryoshka_batchtopk", MATRYOSHKA | {"use_matryoshka_aux_loss": True}, 30),
+    "jumprelu_step": ("jumprelu", JUMP, 0),
+    "jumprelu_step_preact_dead": ("jumprelu", JUMP | {"pre_act_loss_coefficient": 0.05}, 30),
+    "jumprelu_tanh_ste": ("jumprelu", JUMP | {
+        "jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True}, 0),
+    "jumprelu_quadratic": ("jumprelu", JUMP | {
+        "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 10.0}, 0),
+    "matching_pursuit": ("matching_pursuit", {}, 0),
 }
 
 
-def sae_weights():
+def set_weights(sae):
     """The same weights for every case, with decoder rows of many norms."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random)
 
+    state = sae.state_dict()
+    d_out = state["W_dec"].shape[1]
     norms = 0.5 + 1.2 * torch.rand(D_SAE, 1, generator=random)
-    return {
+    weights = {
         "W_enc": normal(D_IN, D_SAE) / math.sqrt(D_IN),
         "b_enc": 0.2 * normal(D_SAE),
-        "W_dec": norms * normal(D_SAE, D_IN) / math.sqrt(D_IN),
-        "b_dec": 0.2 * normal(D_IN),
+        "W_dec": norms * normal(D_SAE, d_out) / math.sqrt(d_out),
+        "b_dec": 0.2 * normal(d_out),
+        "b_gate": 0.2 * normal(D_SAE),
+        "r_mag": 0.2 * normal(D_SAE),
+        "b_mag": 0.2 * normal(D_SAE),
+        "threshold": 0.2 + 0.6 * torch.rand(D_SAE, generator=random),
+        "W_skip": normal(d_out, D_IN) / math.sqrt(D_IN),
+        "topk_threshold": torch.tensor(0.05, dtype=torch.double),
     }
+    if sae.cfg.architecture() == "matching_pursuit":
+        # It takes latents off that it found by their products: of other norms it diverges.
+        weights["W_dec"] /= weights["W_dec"].norm(dim=1, keepdim=True)
+    sae.load_state_dict({name: weights[name] for name in state})
 
 
 def sae_input(seed):
@@ -479,31 +536,50 @@ def sae_input(seed):
 
 
 def sae_lens(out, _):
-    from sae_lens import SAE, TopKSAE, TopKSAEConfig
+    from sae_lens import SAE
+    from sae_lens.registry import get_sae_class
 
     x = sae_input(1)
-    for name, rescale in [("topk", False), ("topk_rescale", True)]:
+    for name, (architecture, options) in INFERENCE.items():
         folder = out / "sae_lens" / name
-        config = TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, rescale_acts_by_decoder_norm=rescale)
-        sae = TopKSAE(config)
-        sae.load_state_dict(sae_weights())
+        sae_class, config_class = get_sae_class(architecture)
+        sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **options))
+        set_weights(sae)
         sae.save_model(folder)
         tensors = {"x": x} | outputs(sae, x)
-        if rescale:
+        try:
             sae.fold_W_dec_norm()
+        except NotImplementedError:
+            pass
+        else:
+            # Those that choose by the order of latents refuse, unless norms rank them.
             folded = dict(sae.named_parameters()) | outputs(sae, x)
             del folded["forward"]
             tensors |= {f"folded.{key}": value for key, value in folded.items()}
         write_tensors(folder / "golden.safetensors", tensors)
     for name in TRAINING:
         folder = out / "sae_lens" / f"from_training_{name}"
-        training_sae(name).save_inference_model(folder)
+        trained(name)[0].save_inference_model(folder)
         sae = SAE.load_from_disk(folder)
         write_tensors(folder / "golden.safetensors", {"x": x} | outputs(sae, x))
+    temporal(out / "sae_lens" / "temporal", x)
+
+
+def temporal(folder, x):
+    """One that is no function of a single activation, to be refused."""
+    from sae_lens.registry import get_sae_class
+
+    sae_class, config_class = get_sae_class("temporal")
+    torch.manual_seed(0)
+    sae = sae_class(config_class(
+        d_in=D_IN, d_sae=D_SAE, n_heads=2, n_attn_layers=1, bottleneck_factor=4))
+    sae.save_model(folder)
+    write_tensors(folder / "golden.safetensors", {"x": x})
 
 
 def outputs(sae, x):
     with torch.no_grad():
+        # SAELens forgets how it normalised a row once it has decoded it.
         latents = sae.encode(x)
         return {
             "encode": latents,
@@ -513,42 +589,44 @@ def outputs(sae, x):
 
 
 def training_sae(name):
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.registry import get_sae_training_class
 
-    rescale, auxiliary, _ = TRAINING[name]
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=D_IN,
-            d_sae=D_SAE,
-            k=K,
-            rescale_acts_by_decoder_norm=rescale,
-            aux_loss_coefficient=auxiliary,
-        )
-    )
-    sae.load_state_dict(sae_weights())
+    architecture, options, _ = TRAINING[name]
+    sae_class, config_class = get_sae_training_class(architecture)
+    sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **options))
+    set_weights(sae)
     return sae
 
 
 def sae_lens_train(out, _):
     for name in TRAINING:
-        training_step(out / "sae_lens_train" / name, name)
+        folder = out / "sae_lens_train" / name
+        training_sae(name).save_model(folder)
+        _, tensors, numbers = trained(name)
+        write_tensors(folder / "golden.safetensors", tensors)
+        write_json(folder / "golden.json", numbers)
 
 
-def training_step(folder, name):
-    """One step of Adam, without the clipping that SAELens' trainer does before it."""
+def trained(name):
+    """One step of Adam, without the clipping that SAELens' trainer does before it: the SAE behind
+    it, and the tensors and numbers of the step."""
     from sae_lens.saes.sae import TrainStepInput
 
     sae = training_sae(name)
-    sae.save_model(folder)
     x = sae_input(2)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[: TRAINING[name][2]] = True
     adam = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8}
     optimizer = torch.optim.Adam(sae.parameters(), **adam)
+    thresholds = {"topk_threshold_before": sae.topk_threshold.item()} if batch(sae) else {}
+    coefficients = {
+        key: value if isinstance(value, float) else value.value
+        for key, value in sae.get_coefficients().items()
+    }
     step = sae.training_forward_pass(
         TrainStepInput(
             sae_in=x,
-            coefficients={},
+            coefficients=coefficients,
             dead_neuron_mask=dead,
             n_training_steps=0,
             is_logging_step=False,
@@ -566,20 +644,102 @@ def training_step(folder, name):
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in sae.parameters()))
     optimizer.step()
     tensors |= {f"after_adam.{key}": p for key, p in sae.named_parameters()}
-    write_tensors(folder / "golden.safetensors", tensors)
-    write_json(
-        folder / "golden.json",
-        {
-            "loss": step.loss.item(),
-            "losses": {key: float(value) for key, value in step.losses.items()},
-            "coefficients": {},
-            "grad_total_norm": norm,
-            "adam": adam | {"clip": None},
-            "l0": (step.feature_acts > 0).sum(-1).float().mean().item(),
-            "sae_lens": version("sae-lens"),
-            "inference_architecture": "topk",
-        },
-    )
+    if batch(sae):
+        thresholds["topk_threshold_after"] = sae.topk_threshold.item()
+    numbers = {
+        "loss": step.loss.item(),
+        "losses": {key: float(value) for key, value in step.losses.items()},
+        "coefficients": coefficients,
+        "grad_total_norm": norm,
+        "adam": adam | {"clip": None},
+        "l0": (step.feature_acts != 0).sum(-1).float().mean().item(),
+        "sae_lens": version("sae-lens"),
+        "inference_architecture": sae.cfg.get_inference_config_class().architecture(),
+    }
+    return sae, tensors, numbers | thresholds
+
+
+def batch(sae):
+    return hasattr(sae, "topk_threshold")
+
+
+# sparsify and dictionary_learning: inference
+
+SPARSIFY = {
+    "topk": {"k": K},
+    "groupmax": {"k": 8, "activation": "groupmax"},
+    "transcoder_skip": {"k": K, "transcode": True, "skip_connection": True},
+}
+
+
+def sparsify(out, _):
+    # Its kernels for GPUs stand in for the plain decoder wherever they can be imported.
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    x = sae_input(1)
+    for name, options in SPARSIFY.items():
+        folder = out / "sparsify" / name
+        coder = SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, **options))
+        torch.manual_seed(0)
+        randomise_all(coder)
+        coder.save_to_disk(folder)
+        with torch.no_grad():
+            encoded = coder.encode(x)
+            decoded = coder.decode(encoded.top_acts, encoded.top_indices)
+            tensors = {
+                "x": x,
+                "top_acts": encoded.top_acts,
+                "top_indices": encoded.top_indices,
+                "decode": decoded,
+                "sae_out": coder(x).sae_out,
+            }
+        write_tensors(folder / "golden.safetensors", tensors)
+
+
+def dictionary_learning(out, _):
+    from dictionary_learning import dictionary
+    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK
+
+    x = sae_input(1)
+    cases = {
+        "standard": dictionary.AutoEncoder(D_IN, D_SAE),
+        "gated": dictionary.GatedAutoEncoder(D_IN, D_SAE),
+        "jumprelu": dictionary.JumpReluAutoEncoder(D_IN, D_SAE),
+        "topk": AutoEncoderTopK(D_IN, D_SAE, k=K),
+        "batchtopk": BatchTopKSAE(D_IN, D_SAE, k=K),
+        "matryoshka": MatryoshkaBatchTopKSAE(D_IN, D_SAE, k=K, group_sizes=[10, 10, 20, 40]),
+    }
+    for name, ae in cases.items():
+        folder = out / "dictionary_learning" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        randomise_all(ae)
+        thresholds = "k" in dict(ae.named_buffers())
+        if thresholds:
+            ae.threshold.fill_(0.3)
+        elif name == "jumprelu":
+            ae.threshold.data.abs_()
+        trainer = {"dict_class": type(ae).__name__, "activation_dim": D_IN, "dict_size": D_SAE,
+                   "k": K if thresholds else None, "layer": 1, "lm_name": "tiny",
+                   "submodule_name": None}
+        write_json(folder / "config.json", {"trainer": trainer})
+        torch.save(ae.state_dict(), folder / "ae.pt")
+        write_tensors(folder / "ae.safetensors", ae.state_dict())
+        tensors = {"x": x} | outputs(ae, x)
+        if thresholds:
+            with torch.no_grad():
+                tensors["encode_use_threshold"] = ae.encode(x, use_threshold=True)
+        write_tensors(folder / "golden.safetensors", tensors)
+
+
+def randomise_all(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 0.2 if parameter.dim() == 1 else 1 / math.sqrt(D_IN)
+            parameter.copy_(scale * torch.randn_like(parameter))
 
 
 KINDS = {
@@ -587,6 +747,8 @@ KINDS = {
     "smollm2": smollm2,
     "sae_lens": sae_lens,
     "sae_lens_train": sae_lens_train,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
 }
 
 

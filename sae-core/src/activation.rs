@@ -38,7 +38,7 @@ pub enum Activation {
     /// Matching pursuit on the decoder rows (Costa et al., 2025): again and again, the row that
     /// explains most of what is left, as SAELens does it.
     MatchingPursuit {
-        /// A row ends where the norm of its residual is at most this.
+        /// A row ends where the norm of its residual is below this; never, if this is not positive.
         residual_threshold: f64,
         /// Picks per row, at most; as many as `d_in` unless given.
         max_iterations: Option<usize>,

@@ -60,7 +60,7 @@ pub struct SaeMetadata {
 #[non_exhaustive]
 pub enum ConfigError {
     /// A dimension is zero.
-    #[error("an SAE needs d_in and d_sae above zero, not {d_in} and {d_sae}")]
+    #[error("an SAE needs dimensions above zero; d_in is {d_in}, d_sae {d_sae}")]
     Empty {
         /// Width of the activations.
         d_in: usize,
@@ -76,6 +76,15 @@ pub enum ConfigError {
         /// Latents there are.
         d_sae: usize,
     },
+    /// A pursuit that picks nothing.
+    #[error("a matching pursuit needs at least one iteration")]
+    NoIterations,
+    /// The decoder bias of a transcoder has the width of what it writes, not of what it reads.
+    #[error("a transcoder cannot subtract b_dec from its input")]
+    TranscoderCentres,
+    /// A matching pursuit takes what it decodes off its input.
+    #[error("a matching pursuit cannot be a transcoder")]
+    PursuitTranscodes,
 }
 
 impl SaeConfig {
@@ -97,13 +106,23 @@ impl SaeConfig {
     /// Checks that such an SAE can exist.
     ///
     /// # Errors
-    /// If a dimension is zero, or `k` does not fit.
+    /// If a dimension is zero, `k` does not fit, a pursuit has no iterations, or a transcoder is
+    /// asked for what it cannot do.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let Self { d_in, d_sae, .. } = *self;
-        if d_in == 0 || d_sae == 0 {
+        if d_in == 0 || d_sae == 0 || self.transcodes_to == Some(0) {
             return Err(ConfigError::Empty { d_in, d_sae });
         }
+        if self.transcodes_to.is_some() && self.apply_b_dec_to_input {
+            return Err(ConfigError::TranscoderCentres);
+        }
         match self.activation {
+            Activation::MatchingPursuit { max_iterations: Some(0), .. } => {
+                Err(ConfigError::NoIterations)
+            }
+            Activation::MatchingPursuit { .. } if self.transcodes_to.is_some() => {
+                Err(ConfigError::PursuitTranscodes)
+            }
             Activation::TopK { k, .. } | Activation::AbsTopK { k, .. } if k == 0 || k > d_sae => {
                 Err(ConfigError::K { k, d_sae })
             }
@@ -156,6 +175,39 @@ mod tests {
         assert_eq!(top_k(9).validate(), Err(ConfigError::K { k: 9, d_sae: 8 }));
         let empty = SaeConfig { d_in: 0, ..top_k(1) };
         assert_eq!(empty.validate(), Err(ConfigError::Empty { d_in: 0, d_sae: 8 }));
+    }
+
+    #[test]
+    fn groups_must_be_of_one_size() {
+        let groups = |k| SaeConfig::new(4, 8, Activation::GroupMax { k }).validate();
+        assert_eq!(groups(4), Ok(()));
+        assert_eq!(groups(3), Err(ConfigError::K { k: 3, d_sae: 8 }));
+        assert_eq!(groups(0), Err(ConfigError::K { k: 0, d_sae: 8 }));
+    }
+
+    #[test]
+    fn transcoders_do_not_centre_their_input() {
+        let transcoder = SaeConfig { transcodes_to: Some(3), ..top_k(1) };
+        assert_eq!(transcoder.validate(), Err(ConfigError::TranscoderCentres));
+        let transcoder = SaeConfig { apply_b_dec_to_input: false, ..transcoder };
+        assert_eq!(transcoder.validate(), Ok(()));
+        let empty = SaeConfig { transcodes_to: Some(0), ..transcoder };
+        assert_eq!(empty.validate(), Err(ConfigError::Empty { d_in: 4, d_sae: 8 }));
+    }
+
+    #[test]
+    fn a_pursuit_picks_something_of_its_input() {
+        let pursuit = |max_iterations| Activation::MatchingPursuit {
+            residual_threshold: 0.0,
+            max_iterations,
+            stop_on_duplicate_support: false,
+        };
+        let config = |max_iterations| SaeConfig::new(4, 8, pursuit(max_iterations));
+        assert_eq!(config(None).validate(), Ok(()));
+        assert_eq!(config(Some(0)).validate(), Err(ConfigError::NoIterations));
+        let transcoder =
+            SaeConfig { transcodes_to: Some(3), apply_b_dec_to_input: false, ..config(None) };
+        assert_eq!(transcoder.validate(), Err(ConfigError::PursuitTranscodes));
     }
 
     #[test]

@@ -6,8 +6,9 @@
 //!
 //! | to | see |
 //! |---|---|
-//! | run an SAE | [`Sae`] |
-//! | read and write SAELens' files | [`format::saelens`] |
+//! | run an SAE of any kind, or a transcoder | [`Sae`], [`Activation`] |
+//! | read one, in any of its formats | [`format::read`] |
+//! | write one, as SAELens does | [`format::saelens`] |
 //! | train one | [`train::Trainer`] |
 //! | measure one | [`metrics`] |
 //! | put one into a forward pass | [`splice::Splice`] |

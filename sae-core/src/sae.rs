@@ -2,6 +2,9 @@
 
 mod encode;
 mod fold;
+#[cfg(test)]
+mod kinds;
+mod pursuit;
 
 use burn::tensor::{Int, Tensor};
 use kernels::sparse_decode;
@@ -22,6 +25,10 @@ const LEAST_NORM: f64 = 1e-8;
 /// decode = z · w_dec + b_dec (+ w_skip · x)
 /// ```
 ///
+/// An autoencoder sees `x` normalised ([`Normalization`](crate::Normalization)), and what it decodes
+/// is brought back. A transcoder's output is another activation, which that would not fit: it is
+/// left as it is decoded, and `w_skip` reads `x` as it came, as SAELens has it.
+///
 /// [`Activation`] says what becomes of `pre`. Where it rescales by decoder norms, `z` is measured in
 /// those: pre-activations are multiplied by `‖w_dec[i]‖` before the selection, latents divided by
 /// it again before decoding. Differentiable in `x`.
@@ -35,9 +42,11 @@ pub struct Sae {
 /// The tensors of an SAE.
 #[derive(Debug, Clone)]
 pub struct SaeWeights {
-    /// Encoder, `[d_in, d_sae]`. Of a matching pursuit, the decoder transposed.
+    /// Encoder, `[d_in, d_sae]`. Of a matching pursuit, the decoder transposed
+    /// ([`tied`](Self::tied)).
     pub w_enc: Tensor<2>,
-    /// Encoder bias, `[d_sae]`: that of the gate where there is one.
+    /// Encoder bias, `[d_sae]`: that of the gate where there is one. A matching pursuit has none, and
+    /// does not look at it.
     pub b_enc: Tensor<1>,
     /// Decoder, `[d_sae, d_out]`: row `i` is what latent `i` writes.
     pub w_dec: Tensor<2>,
@@ -99,6 +108,19 @@ impl SaeWeights {
     /// `w_enc`: `[d_in, d_sae]`, `b_enc`: `[d_sae]`, `w_dec`: `[d_sae, d_out]`, `b_dec`: `[d_out]`.
     pub fn new(w_enc: Tensor<2>, b_enc: Tensor<1>, w_dec: Tensor<2>, b_dec: Tensor<1>) -> Self {
         Self { w_enc, b_enc, w_dec, b_dec, threshold: None, magnitude: None, w_skip: None }
+    }
+
+    /// Those of a matching pursuit, whose encoder is its decoder. The encoder, which only ranks, is in
+    /// no graph.
+    ///
+    /// # Shapes
+    /// `w_dec`: `[d_sae, d_in]`, `b_dec`: `[d_in]`.
+    pub fn tied(w_dec: Tensor<2>, b_dec: Tensor<1>) -> Self {
+        let device = w_dec.device();
+        let b_enc = Tensor::zeros([w_dec.dims()[0]], &device);
+        // Laid out once: a kernel that met a view of the decoder would lay it out at each pick.
+        let w_enc = Tensor::from_data(w_dec.clone().transpose().into_data(), &device);
+        Self::new(w_enc, b_enc, w_dec, b_dec)
     }
 
     /// # Panics
@@ -192,8 +214,8 @@ impl Sae {
     /// # Panics
     /// If the latents are of another SAE's number or rows.
     pub fn decode_for(&self, latents: &SparseLatents, x: Tensor<2>) -> Tensor<2> {
-        let (normalized, scale) = self.config.normalization.normalize(x);
-        self.finish_decoding(self.decode_normalized(latents), normalized, scale)
+        let (_, scale) = self.config.normalization.normalize(x.clone());
+        self.finish_decoding(self.decode_normalized(latents), x, scale)
     }
 
     /// What latents write.
@@ -206,7 +228,7 @@ impl Sae {
     /// that they were encoded from (see [`decode_for`](Self::decode_for)).
     pub fn decode(&self, latents: &SparseLatents) -> Tensor<2> {
         assert!(
-            !self.config.normalization.is_by_row() && self.weights.w_skip.is_none(),
+            !self.undoes_normalization() && self.weights.w_skip.is_none(),
             "what these latents write depends on the input: use decode_for"
         );
         self.decode_normalized(latents)
@@ -216,11 +238,14 @@ impl Sae {
     /// measured in those.
     ///
     /// # Shapes
-    /// `[d_sae, d_out]`.
+    /// `[d_sae, d_in]`.
     ///
     /// # Panics
-    /// If that depends on the activation, because each is normalised by itself.
+    /// If that depends on the activation, because each is normalised by itself; or this is a
+    /// transcoder: it does not write where it reads, and who takes its rows from
+    /// [`weights`](Self::weights) has to know where that is.
     pub fn directions(&self) -> Tensor<2> {
+        assert!(self.config.transcodes_to.is_none(), "a transcoder writes at another point");
         assert!(
             !self.config.normalization.is_by_row(),
             "what a unit of a latent writes depends on the norm of the activation"
@@ -254,10 +279,15 @@ impl Sae {
     /// # Panics
     /// If `x` is not `d_in` wide.
     pub fn run(&self, x: Tensor<2>) -> (SparseLatents, Tensor<2>) {
-        let (normalized, scale) = self.config.normalization.normalize(x);
-        let latents = self.encode_normalized(normalized.clone());
+        let (normalized, scale) = self.config.normalization.normalize(x.clone());
+        let latents = self.encode_normalized(normalized);
         let decoded = self.decode_normalized(&latents);
-        (latents, self.finish_decoding(decoded, normalized, scale))
+        (latents, self.finish_decoding(decoded, x, scale))
+    }
+
+    /// Whether what is decoded depends on the norm of the input.
+    fn undoes_normalization(&self) -> bool {
+        self.config.normalization.is_by_row() && self.config.transcodes_to.is_none()
     }
 
     fn decode_normalized(&self, latents: &SparseLatents) -> Tensor<2> {
@@ -278,16 +308,13 @@ impl Sae {
     fn finish_decoding(
         &self,
         decoded: Tensor<2>,
-        normalized: Tensor<2>,
+        x: Tensor<2>,
         scale: Option<RowScale>,
     ) -> Tensor<2> {
-        let decoded = match self.weights.w_skip.clone() {
-            Some(w_skip) => decoded + normalized.matmul(w_skip.transpose()),
-            None => decoded,
-        };
-        match scale {
-            Some(scale) => scale.undo(decoded),
-            None => decoded,
+        match (scale, self.weights.w_skip.clone()) {
+            (Some(scale), _) if self.undoes_normalization() => scale.undo(decoded),
+            (_, Some(w_skip)) => decoded + x.matmul(w_skip.transpose()),
+            (_, None) => decoded,
         }
     }
 
@@ -375,12 +402,11 @@ mod tests {
     }
 
     #[test]
-    fn a_folded_input_scale_takes_raw_activations() {
+    fn a_folded_input_scale_leaves_the_latents() {
         let sae = example(2, false);
         let scaled = sae.decompose(x().mul_scalar(4.0));
         let raw = sae.fold_input_scale(4.0).decompose(x());
         assert_close(raw.latents.to_dense(), scaled.latents.to_dense().into_data());
-        assert_close(raw.reconstruction.mul_scalar(4.0), scaled.reconstruction.into_data());
     }
 
     proptest! {

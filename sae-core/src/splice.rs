@@ -40,7 +40,11 @@ pub struct Splice<'a> {
 impl<'a> Splice<'a> {
     /// A splice at every position that the SAE was trained on, as far as its file says so: from
     /// [`first_position`](crate::SaeMetadata::first_position) on, or else from 0.
+    ///
+    /// # Panics
+    /// If this is a transcoder: it writes another activation than it reads.
     pub fn new(sae: &'a Sae, point: HookPoint, error_term: ErrorTerm) -> Self {
+        assert!(sae.config().transcodes_to.is_none(), "a transcoder cannot stand for its input");
         let first = sae.config().metadata.first_position().unwrap_or(0);
         let rows = RowEdit::new(point, sae.config().d_in, first);
         Self { sae, error_term, recorded: None, rows }
@@ -144,6 +148,19 @@ mod tests {
         assert_is(run(ErrorTerm::KeepDetached), x.to_data());
         let dropped = [[[1.0f32, 0.0], [3.0, 0.0]], [[5.0, 0.0], [7.0, 0.0]]];
         assert_is(run(ErrorTerm::Drop), dropped);
+    }
+
+    #[test]
+    #[should_panic(expected = "a transcoder cannot stand for its input")]
+    fn transcoders_are_refused() {
+        let sae = sae();
+        let config = SaeConfig {
+            transcodes_to: Some(2),
+            apply_b_dec_to_input: false,
+            ..sae.config().clone()
+        };
+        let transcoder = Sae::new(config, sae.weights().clone()).expect("valid");
+        let _ = Splice::new(&transcoder, POINT, ErrorTerm::Drop);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::activation::Activation;
 use crate::config::ConfigError;
 
 /// Why an SAE could not be read or written.
@@ -32,6 +33,76 @@ pub enum FormatError {
         /// Why.
         source: safetensors::SafeTensorError,
     },
+    /// The weights are no zip archive: cut off, for one.
+    #[error("{}: not a zip archive", path.display())]
+    Zip {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: zip::result::ZipError,
+    },
+    /// A file in a zip archive claims a size that the archive does not warrant, or has another.
+    #[error("{}: {entry} claims {claimed} bytes, expected {expected}", path.display())]
+    ZipEntry {
+        /// The file.
+        path: PathBuf,
+        /// The file in it.
+        entry: String,
+        /// How long it should be, or may be at most.
+        expected: u64,
+        /// How long it says it is.
+        claimed: u64,
+    },
+    /// An array of NumPy's has a header that is not understood.
+    #[error("{}: {entry} is no NumPy array, expected {expected}", path.display())]
+    Npy {
+        /// The file.
+        path: PathBuf,
+        /// The array in it.
+        entry: String,
+        /// What should have come.
+        expected: &'static str,
+    },
+    /// A checkpoint of PyTorch's is more than tensors and plain values, or cut off.
+    #[error("{}: byte {offset} of {entry}: {found}, expected {expected}", path.display())]
+    Pickle {
+        /// The file.
+        path: PathBuf,
+        /// The file in it.
+        entry: String,
+        /// Where.
+        offset: usize,
+        /// What may stand there.
+        expected: &'static str,
+        /// What does.
+        found: String,
+    },
+    /// No format has such files.
+    #[error("{}: no SAE; a folder with {} would be one", path.display(), looked_for.join(", or "))]
+    Unrecognised {
+        /// The file or folder.
+        path: PathBuf,
+        /// The files that would have been read.
+        looked_for: Vec<String>,
+    },
+    /// There are files of two formats.
+    #[error("{}: holds {first} and {second}: read the one that is meant", path.display())]
+    Ambiguous {
+        /// The folder.
+        path: PathBuf,
+        /// The files of one format.
+        first: String,
+        /// The files of the other.
+        second: String,
+    },
+    /// The format is one that this program was built without.
+    #[error("{}: needs the feature {feature} of sae-core", path.display())]
+    NeedsFeature {
+        /// The file.
+        path: PathBuf,
+        /// The feature.
+        feature: &'static str,
+    },
     /// A tensor is not there.
     #[error("{}: no tensor {tensor}", path.display())]
     MissingTensor {
@@ -60,15 +131,41 @@ pub enum FormatError {
         /// The shape in the file.
         actual: Vec<usize>,
     },
+    /// A tensor has another number of axes, where its shape is what says the SAE's.
+    #[error("{}: tensor {tensor} has shape {actual:?}, expected {expected} axes", path.display())]
+    Rank {
+        /// The file.
+        path: PathBuf,
+        /// Its name.
+        tensor: &'static str,
+        /// How many axes it should have.
+        expected: usize,
+        /// The shape in the file.
+        actual: Vec<usize>,
+    },
     /// A tensor is stored in a type that is not read.
-    #[error("{}: tensor {tensor} is stored as {actual}, expected F32, BF16 or F16", path.display())]
+    #[error("{}: tensor {tensor} is stored as {actual}, expected {expected}", path.display())]
     Dtype {
         /// The file.
         path: PathBuf,
         /// Its name.
         tensor: &'static str,
+        /// The types that are read.
+        expected: &'static str,
         /// The type in the file.
-        actual: safetensors::Dtype,
+        actual: String,
+    },
+    /// A tensor has a number that contradicts the configuration.
+    #[error("{}: tensor {tensor} is {actual}, the configuration says {expected}", path.display())]
+    Contradiction {
+        /// The file.
+        path: PathBuf,
+        /// Its name.
+        tensor: &'static str,
+        /// The number by the configuration.
+        expected: i64,
+        /// The number in the file.
+        actual: i64,
     },
     /// A tensor holds a NaN or an infinity.
     #[error("{}: tensor {tensor} is not finite at element {index}", path.display())]
@@ -107,6 +204,19 @@ pub enum FormatError {
         expected: &'static str,
         /// What the file says.
         actual: String,
+    },
+    /// The format to write has no name for such an SAE.
+    #[error(
+        "{}: no architecture for {activation:?}{}",
+        path.display(), if *transcodes { " in a transcoder" } else { "" }
+    )]
+    NoArchitecture {
+        /// The file.
+        path: PathBuf,
+        /// What makes the latents sparse.
+        activation: Activation,
+        /// Whether it is a transcoder.
+        transcodes: bool,
     },
     /// The configuration describes no SAE.
     #[error("{}: impossible SAE", path.display())]

@@ -1,10 +1,31 @@
-//! Folders that appear whole or not at all.
+//! Files that are read whole, and folders that appear whole or not at all.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
+
 use super::error::FormatError;
+
+/// The bytes of a file.
+pub(super) fn load(path: &Path) -> Result<Vec<u8>, FormatError> {
+    fs::read(path).map_err(FormatError::io(path))
+}
+
+/// The bytes of a file that may not be there.
+pub(super) fn load_if_there(path: &Path) -> Result<Option<Vec<u8>>, FormatError> {
+    match fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        bytes => bytes.map(Some).map_err(FormatError::io(path)),
+    }
+}
+
+/// What a JSON file says.
+pub(super) fn load_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
+    serde_json::from_slice(&load(path)?)
+        .map_err(|source| FormatError::Json { path: path.to_owned(), source })
+}
 
 /// Writes a folder of these files, in place of one that held the same names if there is one.
 ///

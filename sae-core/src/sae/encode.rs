@@ -4,7 +4,7 @@ use burn::tensor::activation::relu;
 use burn::tensor::{Int, Tensor};
 use kernels::{Select, sparse_encode};
 
-use super::{Magnitude, Sae, at};
+use super::{Magnitude, Sae, at, pursuit};
 use crate::activation::Activation;
 use crate::latents::SparseLatents;
 
@@ -29,7 +29,19 @@ impl Sae {
                 let (gates, indices) = self.select(x, zeros(), Select::Above);
                 (self.magnitudes(gates, &indices), indices)
             }
-            Activation::MatchingPursuit { .. } => todo!("matching pursuit"),
+            Activation::MatchingPursuit {
+                residual_threshold,
+                max_iterations,
+                stop_on_duplicate_support,
+            } => {
+                let limits = pursuit::Limits {
+                    residual_threshold,
+                    max_iterations,
+                    stop_on_duplicate_support,
+                };
+                let (w_enc, w_dec) = (self.weights.w_enc.clone(), self.weights.w_dec.clone());
+                return pursuit::pursue(x, w_enc, w_dec, limits);
+            }
         };
         SparseLatents::new(indices, values, self.config.d_sae)
     }

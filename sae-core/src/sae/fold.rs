@@ -39,29 +39,25 @@ impl Sae {
     /// The SAE on `x` that does what this one does on `scale · x`, reconstructing `x` itself (or,
     /// of a transcoder, what is to be multiplied by `scale` too).
     ///
-    /// The latents keep their values unless the activation rescales by decoder norms, which
-    /// shrink by `scale`.
+    /// The latents keep their values, except that they shrink by `scale` where they have the units
+    /// of the input: where the activation rescales by decoder norms, and of a matching pursuit.
     ///
     /// # Panics
-    /// If `scale` is not a positive number.
+    /// If `scale` is not a positive number, or each activation is normalised by itself, which
+    /// leaves no scale to fold.
     pub fn fold_input_scale(mut self, scale: f64) -> Self {
         assert!(scale.is_finite() && scale > 0.0, "input scale {scale}");
-        if let Activation::MatchingPursuit { residual_threshold, .. } = &mut self.config.activation
-        {
-            // A norm of the input's kind.
+        let Self { config, weights, .. } = &mut self;
+        assert!(!config.normalization.is_by_row(), "a scale before each row's own");
+        weights.b_dec = weights.b_dec.clone().div_scalar(scale);
+        if let Activation::MatchingPursuit { residual_threshold, .. } = &mut config.activation {
+            // Its encoder is its decoder: there is no scale between them to move.
             *residual_threshold /= scale;
+        } else {
+            weights.w_enc = weights.w_enc.clone().mul_scalar(scale);
+            weights.w_dec = weights.w_dec.clone().div_scalar(scale);
+            self.decoder_norms = row_norms(self.weights.w_dec.clone());
         }
-        let SaeWeights { w_enc, b_enc, w_dec, b_dec, threshold, magnitude, w_skip } = self.weights;
-        let weights = SaeWeights {
-            w_enc: w_enc.mul_scalar(scale),
-            b_enc,
-            w_dec: w_dec.div_scalar(scale),
-            b_dec: b_dec.div_scalar(scale),
-            threshold,
-            magnitude,
-            w_skip,
-        };
-        let decoder_norms = row_norms(weights.w_dec.clone());
-        Self { config: self.config, weights, decoder_norms }
+        self
     }
 }
