@@ -9,6 +9,8 @@
 //! | run an SAE | [`Sae`] |
 //! | read and write SAELens' files | [`format::saelens`] |
 //! | train one | [`train::Trainer`] |
+//! | train several on one stream, and survive a crash | [`train::Fit`] |
+//! | keep activations on disk | [`store`] |
 //! | measure one | [`metrics`] |
 //! | put one into a forward pass | [`splice::Splice`] |
 
@@ -20,7 +22,9 @@ pub mod loss;
 pub mod metrics;
 pub mod normalization;
 pub mod sae;
+pub mod source;
 pub mod splice;
+pub mod store;
 pub mod train;
 
 pub use activation::Activation;

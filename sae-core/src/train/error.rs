@@ -57,4 +57,12 @@ pub enum TrainError {
         /// The loss.
         loss: f64,
     },
+    /// The gradient stopped being a number. The parameters are those before the step.
+    #[error("the gradient has norm {norm} at step {step}")]
+    NonFiniteGradient {
+        /// The step, from 0.
+        step: usize,
+        /// The norm.
+        norm: f64,
+    },
 }

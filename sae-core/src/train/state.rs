@@ -52,7 +52,7 @@ impl TrainState {
     /// `x`: `[n, d_in]`.
     ///
     /// # Errors
-    /// If the loss is not finite; the state is as it was.
+    /// If the loss or the gradient is not finite; the state is as it was.
     pub fn step(
         &mut self,
         x: Tensor<2>,
@@ -65,21 +65,17 @@ impl TrainState {
         if !loss.is_finite() {
             return Err(TrainError::NonFiniteLoss { step: self.step, loss });
         }
+        let norm = gradient.norm();
+        if !norm.is_finite() {
+            return Err(TrainError::NonFiniteGradient { step: self.step, norm });
+        }
         let gradient = match clip_norm {
-            Some(limit) => clipped(gradient, limit),
-            None => gradient,
+            Some(limit) if norm > limit => gradient.scaled(limit / norm),
+            _ => gradient,
         };
         self.step += 1;
         self.moments.update(&mut self.parameters, gradient, self.step, adam);
         let n_active = self.ages.update(&latents);
         Ok(StepReport { loss, l0: n_active as f64 / n as f64 })
-    }
-}
-
-/// The gradient, at most `limit` long.
-fn clipped(gradient: Parameters, limit: f64) -> Parameters {
-    match gradient.norm() {
-        norm if norm > limit => gradient.scaled(limit / norm),
-        _ => gradient,
     }
 }
