@@ -189,13 +189,25 @@ fn runs_do_not_disturb_each_other() {
     }
 }
 
+/// On a size at which work is shared out.
 #[test]
 fn one_thread_and_two_give_the_same_bits() {
+    let values: Vec<f32> = (0..64 * 2048).map(|i| (i as f32 * 0.7).sin()).collect();
+    let matrix = ActivationMatrix::new(&values, 64).expect("whole rows");
+    let config = TrainConfig::new(1024, 16).with_batch(1024).with_clip_norm(Some(1.0));
     let on_threads = |n: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
-        pool.install(uninterrupted)
+        pool.install(|| {
+            let mut source = MatrixSource::new(matrix, 3, 1024, 3).expect("a batch");
+            let runs = vec![Run::new("a", MatrixSource::COLUMN, config.clone())];
+            let mut fit = Fit::new(runs, &mut source, options(), &device()).expect("valid");
+            fit.run(on).expect("trains");
+            all_bits(fit)
+        })
     };
-    assert_eq!(on_threads(1), on_threads(2));
+    let one = on_threads(1);
+    assert_eq!(one, on_threads(2));
+    assert_eq!(one, on_threads(3));
 }
 
 #[test]

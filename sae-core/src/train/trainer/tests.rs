@@ -1,4 +1,5 @@
 use burn::tensor::{Tensor, TensorData};
+use rand::seq::SliceRandom;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
@@ -119,6 +120,29 @@ fn the_same_seed_gives_the_same_bits() {
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
+}
+
+/// The order of the rows and the steps, written out.
+#[test]
+fn a_matrix_is_shuffled_anew_in_every_pass() {
+    let planted = Planted::new(300);
+    let config = config().with_n_passes(2).with_seed(4);
+    let mut trainer = Trainer::new(config.clone(), &planted.matrix(), &device()).expect("valid");
+    let mut state = trainer.state().clone();
+    trainer.run(&planted.matrix(), on).expect("trains");
+    for pass in 0..2 {
+        let mut random = ChaCha8Rng::seed_from_u64(4);
+        random.set_stream(pass + 1);
+        let mut rows: Vec<i32> = (0..300).collect();
+        rows.shuffle(&mut random);
+        for rows in rows.chunks_exact(128) {
+            let rows = Tensor::<1, burn::tensor::Int>::from_data(rows, &device());
+            let x = planted.rows().select(0, rows).mul_scalar(state.input_scale as f32);
+            let adam = AdamConfig::new(config.schedule.at(state.step, 4));
+            state.step(x, N_ACTIVE, None, adam).expect("finite");
+        }
+    }
+    assert_eq!(all_bits(trainer.state()), all_bits(&state));
 }
 
 #[test]
