@@ -55,9 +55,11 @@ impl Deref for Blob {
     }
 }
 
-/// The SHA-256 of some bytes, in hex.
-pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+/// The SHA-256 of some bytes, which may come in parts, in hex.
+pub fn sha256(parts: impl IntoIterator<Item: AsRef<[u8]>>) -> String {
+    let mut hash = Sha256::new();
+    parts.into_iter().for_each(|part| hash.update(part));
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Checks that a blob's name leads nowhere but into its place. A leading dot is kept for blobs that
@@ -77,7 +79,7 @@ mod tests {
     #[test]
     fn the_hash_is_that_of_the_standard() {
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(sha256(b"abc"), expected);
+        assert_eq!(sha256(["a", "bc"]), expected);
     }
 
     #[test]

@@ -7,6 +7,32 @@ use super::{ActivationSource, Position};
 /// A stream made chunk by chunk by a function of the chunk's number: by running a model on the
 /// texts of that number, for one. The same number has to give the same rows; a run that goes on
 /// after an interruption asks again for the chunk that it stood in.
+///
+/// ```no_run
+/// # use std::ops::ControlFlow;
+/// # use model_hooks::{ForwardError, HarvestConfig, LanguageModel, SharedPrefix};
+/// # use sae_core::source::{Chunks, Column, Rows};
+/// # fn f(model: &LanguageModel, texts: &[Vec<u32>], config: &HarvestConfig) {
+/// let width = model.config().d_model;
+/// let columns: Vec<Column> =
+///     config.points.iter().map(|point| Column::new(point.to_string(), width)).collect();
+/// let of = columns.clone();
+/// let source = Chunks::new(columns, "SmolLM2-135M on our texts, from position 1", |chunk| {
+///     let Some(texts) = texts.chunks(64).nth(chunk as usize) else {
+///         return Ok(None);
+///     };
+///     let mut rows = Rows::empty(&of);
+///     model.harvest(texts, &SharedPrefix::default(), config, |harvested| {
+///         let values = harvested.activations.into_iter();
+///         let values = values.map(|x| x.into_data().try_into_vec_as().expect("activations are f32"));
+///         let harvested = Rows::new(&of, values.collect()).expect("all points are that wide");
+///         rows.extend(&harvested, 0..harvested.n_rows());
+///         ControlFlow::Continue(())
+///     })?;
+///     Ok::<_, ForwardError>(Some(rows))
+/// });
+/// # }
+/// ```
 pub struct Chunks<F> {
     columns: Vec<Column>,
     fingerprint: String,

@@ -20,4 +20,5 @@ pub use error::StoreError;
 pub use reader::{ReadOrder, StoreSource};
 pub use writer::StoreWriter;
 
+pub use blobs;
 pub use blobs::{LocalFolder, Storage, StorageError};

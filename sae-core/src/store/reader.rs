@@ -165,7 +165,7 @@ impl StoreSource {
             StorageError::Missing { .. } => StoreError::MissingShard { shard: name() },
             error => error.into(),
         })?;
-        let actual = sha256(&bytes);
+        let actual = sha256([&bytes[..]]);
         if actual != shard.sha256 {
             let expected = shard.sha256.clone();
             return Err(StoreError::Hash { shard: name(), expected, actual });
@@ -221,7 +221,7 @@ impl ActivationSource for StoreSource {
             write!(content, "\n{name} {n_rows} {sha256}").expect("memory can be written to");
         }
         let ReadOrder { seed, window, n_passes } = self.order;
-        let stored = sha256(content.as_bytes());
+        let stored = sha256([content]);
         format!("store {stored}, {n_passes} passes in windows of {window} rows with seed {seed}")
     }
 

@@ -122,7 +122,7 @@ impl<'a> StoreWriter<'a> {
         let name = shard_name(&self.writer, self.manifest.shards.len());
         self.storage.put(&name, &bytes)?;
         let n_rows = self.pending.n_rows() as u64;
-        self.manifest.shards.push(Shard { n_rows, sha256: sha256(&bytes) });
+        self.manifest.shards.push(Shard { n_rows, sha256: sha256([&bytes]) });
         self.manifest.write(self.storage, &self.writer)?;
         self.pending.clear();
         Ok(())

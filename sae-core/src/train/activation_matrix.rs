@@ -1,7 +1,5 @@
 //! Activations to train on.
 
-use sha2::{Digest, Sha256};
-
 use super::error::TrainError;
 
 /// Activations in memory, one row after another.
@@ -25,12 +23,8 @@ impl<'a> ActivationMatrix<'a> {
 
     /// The SHA-256 of the values, in hex.
     pub(super) fn sha256(&self) -> String {
-        let mut hash = Sha256::new();
-        for row in self.values.chunks(self.d_in) {
-            let bytes: Vec<u8> = row.iter().flat_map(|value| value.to_le_bytes()).collect();
-            hash.update(&bytes);
-        }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        let bytes = |row: &[f32]| row.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        blobs::sha256(self.values.chunks(self.d_in).map(bytes))
     }
 
     /// Number of activations.

@@ -58,11 +58,9 @@ pub enum TrainError {
         loss: f64,
     },
     /// The gradient stopped being a number. The parameters are those before the step.
-    #[error("the gradient has norm {norm} at step {step}")]
+    #[error("the gradient is not finite at step {step}")]
     NonFiniteGradient {
         /// The step, from 0.
         step: usize,
-        /// The norm.
-        norm: f64,
     },
 }

@@ -65,17 +65,24 @@ impl TrainState {
         if !loss.is_finite() {
             return Err(TrainError::NonFiniteLoss { step: self.step, loss });
         }
-        let norm = gradient.norm();
-        if !norm.is_finite() {
-            return Err(TrainError::NonFiniteGradient { step: self.step, norm });
+        if !gradient.is_finite() {
+            return Err(TrainError::NonFiniteGradient { step: self.step });
         }
         let gradient = match clip_norm {
-            Some(limit) if norm > limit => gradient.scaled(limit / norm),
-            _ => gradient,
+            Some(limit) => clipped(gradient, limit),
+            None => gradient,
         };
         self.step += 1;
         self.moments.update(&mut self.parameters, gradient, self.step, adam);
         let n_active = self.ages.update(&latents);
         Ok(StepReport { loss, l0: n_active as f64 / n as f64 })
+    }
+}
+
+/// The gradient, at most `limit` long.
+fn clipped(gradient: Parameters, limit: f64) -> Parameters {
+    match gradient.norm() {
+        norm if norm > limit => gradient.scaled(limit / norm),
+        _ => gradient,
     }
 }

@@ -72,10 +72,12 @@ impl Checkpoints {
         Self { storage, good: None, _lock: None }
     }
 
-    /// Writes one, and removes all older ones but for the last good one. Gives its name.
+    /// Writes one, and then removes all others but for the last good one. Gives its name.
+    ///
+    /// Takes the memory of the run twice over for as long as it lasts.
     pub(super) fn save(&mut self, checkpoint: &Checkpoint) -> Result<String, CheckpointError> {
         let bytes = checkpoint.to_bytes();
-        let name = format!("{PREFIX}{:012}-{}{SUFFIX}", checkpoint.step, sha256(&bytes));
+        let name = format!("{PREFIX}{:012}-{}{SUFFIX}", checkpoint.step, sha256([&bytes]));
         if self.good.as_ref() == Some(&name) {
             return Ok(name);
         }
@@ -114,7 +116,7 @@ impl Checkpoints {
 
     fn read(&self, step: u64, name: &str, device: &Device) -> Result<Checkpoint, CheckpointError> {
         let bytes = self.storage.get(name)?;
-        let actual = sha256(&bytes);
+        let actual = sha256([&bytes[..]]);
         if !name.ends_with(&format!("-{actual}{SUFFIX}")) {
             return Err(CheckpointError::Damaged { name: name.to_owned(), actual });
         }

@@ -92,6 +92,8 @@ struct Member {
 struct Kept {
     checkpoints: Checkpoints,
     identity: Value,
+    /// Steps done when it was last saved or read.
+    saved: Option<usize>,
 }
 
 /// What a run goes on from.
@@ -189,7 +191,7 @@ impl<'a> Fit<'a> {
         let identity = identity(&runs, source, &config, n_steps);
         let device = device.clone().without_autodiff();
         let Some(found) = checkpoints.newest(&device)? else {
-            let kept = Some(Kept { checkpoints, identity });
+            let kept = Some(Kept { checkpoints, identity, saved: None });
             return Ok(Self { checkpoints: kept, ..Self::new(runs, source, config, &device)? });
         };
         let expected: Vec<RunShape> = runs
@@ -218,7 +220,7 @@ impl<'a> Fit<'a> {
             members,
             step,
             n_steps,
-            checkpoints: Some(Kept { checkpoints, identity }),
+            checkpoints: Some(Kept { checkpoints, identity, saved: Some(step) }),
             resumed: Some(Resumed { checkpoint, step, passed_over }),
             held_out: None,
             metrics: None,
@@ -311,7 +313,7 @@ impl<'a> Fit<'a> {
             let _ = self.save(progress)?;
             return Err(error);
         }
-        let due = |every: usize| self.step == n_steps || self.step.is_multiple_of(every.max(1));
+        let due = |every: usize| self.step == n_steps || self.step.is_multiple_of(every);
         let (evaluate, save) = (due(self.config.evaluate_every), due(self.config.checkpoint_every));
         if evaluate && let Some(held_out) = &mut self.held_out {
             let n_rows = self.config.evaluate_rows;
@@ -330,7 +332,8 @@ impl<'a> Fit<'a> {
         &mut self,
         progress: &mut impl FnMut(&Event) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, FitError> {
-        let Some(kept) = &mut self.checkpoints else {
+        let step = self.step;
+        let Some(kept) = self.checkpoints.as_mut().filter(|kept| kept.saved != Some(step)) else {
             return Ok(ControlFlow::Continue(()));
         };
         let runs = self.members.iter().map(|member| {
@@ -341,11 +344,12 @@ impl<'a> Fit<'a> {
         });
         let name = kept.checkpoints.save(&Checkpoint {
             identity: kept.identity.clone(),
-            step: self.step as u64,
+            step: step as u64,
             position: self.source.position(),
             runs: runs.collect(),
         })?;
-        self.tell(&[Event::Checkpoint { name, step: self.step }], progress)
+        kept.saved = Some(step);
+        self.tell(&[Event::Checkpoint { name, step }], progress)
     }
 
     fn tell(
@@ -430,6 +434,16 @@ fn check(
     config: &FitConfig,
 ) -> Result<usize, FitError> {
     let expected = runs.first().ok_or(FitError::NoRuns)?.config.batch;
+    for (option, actual) in [
+        ("checkpoint_every", config.checkpoint_every),
+        ("evaluate_every", config.evaluate_every),
+        ("evaluate_rows", config.evaluate_rows),
+    ] {
+        if actual == 0 {
+            let (expected, actual) = ("at least 1", 0.0);
+            return Err(TrainError::Option { option, expected, actual }.into());
+        }
+    }
     for (idx, Run { name, column, config }) in runs.iter().enumerate() {
         let column = column_idx(source.columns(), column)?;
         config.validate(source.columns()[column].width)?;

@@ -367,6 +367,8 @@ fn runs_that_cannot_be_made_are_refused() {
     assert!(with(|run| run.config.n_passes = 2).starts_with("n_passes = 2 is not 1"));
     let expected = "no column \"none\" among early [8], late [5], id [1]";
     assert_eq!(with(|run| run.column = "none".into()), expected);
+    let never = error(runs(), options().with_checkpoint_every(0)).to_string();
+    assert_eq!(never, "checkpoint_every = 0 is not at least 1");
     let endless = error(runs(), options().with_n_steps(Some(0)));
     assert!(matches!(endless, FitError::Train(TrainError::TooFewRows { .. })));
     let (mut source, config) = (chunks(Rc::default()), options().with_n_steps(Some(13)));
