@@ -1,5 +1,5 @@
-//! Measures whole models, and prints a JSON line for each measurement: passes beside what the
-//! machine can do at most, and memory beside the weights.
+//! Measures whole passes and training steps beside what the machine can do at most, memory beside
+//! the weights, and what a crash does to training; prints a JSON line for each measurement.
 
 #![expect(clippy::print_stdout, reason = "the measurements are what the program is for")]
 
@@ -8,11 +8,12 @@ mod memory;
 mod model;
 mod peak;
 mod sae_step;
+mod soak;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures whole models: their passes, and their memory.
+/// Measures passes, training steps, memory, and what a crash does to training.
 #[derive(Parser)]
 struct Options {
     #[command(subcommand)]
@@ -27,6 +28,8 @@ enum What {
     Memory(memory::Options),
     /// A training step of an SAE.
     SaeStep(sae_step::Options),
+    /// A training run that is killed at random points and has to end with the same bits.
+    Soak(soak::Options),
 }
 
 fn main() -> Result<()> {
@@ -35,5 +38,6 @@ fn main() -> Result<()> {
         What::Model(options) => model::run(&options),
         What::Memory(options) => memory::run(&options),
         What::SaeStep(options) => sae_step::run(&options),
+        What::Soak(options) => soak::run(&options),
     })
 }

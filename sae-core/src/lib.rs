@@ -10,6 +10,8 @@
 //! | read one, in any of its formats | [`format::read`] |
 //! | write one, as SAELens does | [`format::saelens`] |
 //! | train one | [`train::Trainer`] |
+//! | train several on one stream, and survive a crash | [`train::Fit`] |
+//! | keep activations on disk | [`store`] |
 //! | measure one | [`metrics`] |
 //! | put one into a forward pass | [`splice::Splice`] |
 
@@ -21,7 +23,9 @@ pub mod loss;
 pub mod metrics;
 pub mod normalization;
 pub mod sae;
+pub mod source;
 pub mod splice;
+pub mod store;
 pub mod train;
 
 pub use activation::Activation;

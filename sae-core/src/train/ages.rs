@@ -14,6 +14,11 @@ impl Ages {
         Self { rows: vec![0; d_sae] }
     }
 
+    /// What [`rows`](Self::rows) gave.
+    pub(super) fn from_rows(rows: Vec<u64>) -> Self {
+        Self { rows }
+    }
+
     /// Takes in a batch, and gives the number of active latents in it, over all rows.
     pub(super) fn update(&mut self, latents: &SparseLatents) -> usize {
         let n = latents.n_rows() as u64;

@@ -57,4 +57,10 @@ pub enum TrainError {
         /// The loss.
         loss: f64,
     },
+    /// The gradient stopped being a number. The parameters are those before the step.
+    #[error("the gradient is not finite at step {step}")]
+    NonFiniteGradient {
+        /// The step, from 0.
+        step: usize,
+    },
 }

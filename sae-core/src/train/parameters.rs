@@ -115,6 +115,15 @@ impl Parameters {
         (square(w_enc) + square(b_enc) + square(w_dec) + square(b_dec)).sqrt()
     }
 
+    /// Whether all of them are numbers. One that is not shows in the sum, which takes no memory.
+    pub(super) fn is_finite(&self) -> bool {
+        fn sum<const D: usize>(x: &Tensor<D>) -> f32 {
+            x.clone().sum().into_scalar()
+        }
+        let Self { w_enc, b_enc, w_dec, b_dec } = self;
+        [sum(w_enc), sum(b_enc), sum(w_dec), sum(b_dec)].into_iter().all(f32::is_finite)
+    }
+
     /// All of them times `factor`.
     pub fn scaled(self, factor: f64) -> Self {
         Self {
@@ -204,5 +213,15 @@ mod tests {
         let at: Vec<f32> = (0..STARTS[4]).map(|i| f32::from(i % 2 == 0)).collect();
         assert_eq!(parameters(&at).norm(), 34f64.sqrt());
         assert_eq!(parameters(&at).scaled(2.0).norm(), 136f64.sqrt());
+    }
+
+    #[test]
+    fn one_that_is_no_number_is_seen_anywhere() {
+        assert!(parameters(&[1.0; STARTS[4]]).is_finite());
+        for (i, value) in (0..STARTS[4]).zip([f32::NAN, f32::INFINITY].into_iter().cycle()) {
+            let mut at = [1.0; STARTS[4]];
+            at[i] = value;
+            assert!(!parameters(&at).is_finite(), "{i}");
+        }
     }
 }

@@ -6,20 +6,20 @@ use rand_chacha::ChaCha8Rng;
 
 /// Random numbers of a run: stream 0 initialises, stream `pass + 1` shuffles that pass. Each is
 /// found from the seed alone, so nothing about them has to be remembered.
-pub(super) fn random_stream(seed: u64, stream: u64) -> ChaCha8Rng {
+pub(crate) fn random_stream(seed: u64, stream: u64) -> ChaCha8Rng {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     random.set_stream(stream);
     random
 }
 
-/// Which rows each step of a run sees: another permutation of all rows in every pass.
+/// Which rows each pass of a run sees: another permutation of all rows in every pass.
 #[derive(Debug, Clone)]
 pub(super) struct RowOrder {
     seed: u64,
     batch: usize,
     rows: Vec<u32>,
     /// The pass that `rows` is shuffled for.
-    pass: Option<usize>,
+    pass: Option<u64>,
 }
 
 impl RowOrder {
@@ -31,20 +31,19 @@ impl RowOrder {
         Self { seed, batch, rows: (0..n_rows).collect(), pass: None }
     }
 
-    /// Steps in a pass; rows that fill no batch are left out of it.
-    pub(super) fn steps_per_pass(&self) -> usize {
-        self.rows.len() / self.batch
+    /// Rows in a pass; those that fill no batch are left out of it.
+    pub(super) fn rows_per_pass(&self) -> usize {
+        self.rows.len() / self.batch * self.batch
     }
 
-    /// The rows of a step.
-    pub(super) fn batch(&mut self, step: usize) -> &[u32] {
-        let pass = step / self.steps_per_pass();
+    /// The rows that a pass sees, in its order.
+    pub(super) fn pass(&mut self, pass: u64) -> &[u32] {
         if self.pass != Some(pass) {
             self.rows.sort_unstable();
-            self.rows.shuffle(&mut random_stream(self.seed, pass as u64 + 1));
+            self.rows.shuffle(&mut random_stream(self.seed, pass + 1));
             self.pass = Some(pass);
         }
-        &self.rows[step % self.steps_per_pass() * self.batch..][..self.batch]
+        &self.rows[..self.rows_per_pass()]
     }
 }
 
@@ -52,15 +51,10 @@ impl RowOrder {
 mod tests {
     use super::*;
 
-    fn pass(order: &mut RowOrder, pass: usize) -> Vec<u32> {
-        let n = order.steps_per_pass();
-        (pass * n..(pass + 1) * n).flat_map(|step| order.batch(step).to_vec()).collect()
-    }
-
     #[test]
     fn every_pass_sees_every_row_once_in_its_own_order() {
         let mut order = RowOrder::new(7, 12, 3);
-        let (first, second) = (pass(&mut order, 0), pass(&mut order, 1));
+        let (first, second) = (order.pass(0).to_vec(), order.pass(1).to_vec());
         assert_ne!(first, second);
         for mut rows in [first, second] {
             rows.sort_unstable();
@@ -69,13 +63,14 @@ mod tests {
     }
 
     #[test]
-    fn a_step_sees_the_same_rows_however_it_is_reached() {
+    fn a_pass_is_the_same_however_it_is_reached() {
         let mut walked = RowOrder::new(7, 13, 3);
-        let steps: Vec<_> = (0..12).map(|step| walked.batch(step).to_vec()).collect();
-        for step in [11, 2, 5] {
-            assert_eq!(RowOrder::new(7, 13, 3).batch(step), steps[step]);
-            assert_eq!(walked.batch(step), steps[step]);
+        let passes: Vec<_> = (0..4).map(|pass| walked.pass(pass).to_vec()).collect();
+        assert!(passes.iter().all(|rows| rows.len() == 12));
+        for pass in [3, 0, 2] {
+            assert_eq!(RowOrder::new(7, 13, 3).pass(pass), passes[pass as usize]);
+            assert_eq!(walked.pass(pass), passes[pass as usize]);
         }
-        assert_ne!(RowOrder::new(8, 13, 3).batch(0), steps[0]);
+        assert_ne!(RowOrder::new(8, 13, 3).pass(0), passes[0]);
     }
 }

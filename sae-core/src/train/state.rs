@@ -52,7 +52,7 @@ impl TrainState {
     /// `x`: `[n, d_in]`.
     ///
     /// # Errors
-    /// If the loss is not finite; the state is as it was.
+    /// If the loss or the gradient is not finite; the state is as it was.
     pub fn step(
         &mut self,
         x: Tensor<2>,
@@ -64,6 +64,9 @@ impl TrainState {
         let Differentiated { loss, gradient, latents } = self.parameters.differentiate(x, k);
         if !loss.is_finite() {
             return Err(TrainError::NonFiniteLoss { step: self.step, loss });
+        }
+        if !gradient.is_finite() {
+            return Err(TrainError::NonFiniteGradient { step: self.step });
         }
         let gradient = match clip_norm {
             Some(limit) => clipped(gradient, limit),

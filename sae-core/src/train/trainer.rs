@@ -2,24 +2,27 @@
 
 use std::ops::ControlFlow;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor, TensorData};
 use kernels::AdamConfig;
+use serde::Serialize;
 
 use super::activation_matrix::ActivationMatrix;
 use super::config::TrainConfig;
 use super::error::TrainError;
+use super::fit::FitError;
 use super::initial;
-use super::row_order::RowOrder;
+use super::matrix_source::MatrixSource;
 use super::state::TrainState;
 use crate::sae::Sae;
+use crate::source::{ActivationSource, Position, Rows, column_idx};
 
 /// Trains a TopK SAE.
 ///
 /// ```no_run
 /// # use std::ops::ControlFlow;
 /// # use burn::tensor::Device;
-/// # use sae_core::train::{ActivationMatrix, TrainConfig, TrainError, Trainer};
-/// # fn f(values: &[f32]) -> Result<sae_core::Sae, TrainError> {
+/// # use sae_core::train::{ActivationMatrix, FitError, TrainConfig, Trainer};
+/// # fn f(values: &[f32]) -> Result<sae_core::Sae, FitError> {
 /// let activations = ActivationMatrix::new(values, 576)?;
 /// let mut trainer = Trainer::new(TrainConfig::new(4608, 32), &activations, &Device::flex())?;
 /// trainer.run(&activations, |progress| ControlFlow::Continue(()))?;
@@ -33,9 +36,11 @@ pub struct Trainer {
 }
 
 /// How far a run has come.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Progress {
+    /// Which run, of those that [`Fit`](super::Fit) makes together.
+    pub run_idx: usize,
     /// Steps done, this one included.
     pub step: usize,
     /// Steps of the run.
@@ -46,6 +51,8 @@ pub struct Progress {
     pub l0: f64,
     /// Latents that count as dead.
     pub n_dead: usize,
+    /// Steps of this run that were skipped because the loss or the gradient was not finite.
+    pub n_skipped: u64,
 }
 
 impl Trainer {
@@ -84,36 +91,76 @@ impl Trainer {
     /// Called again, it goes on from there.
     ///
     /// # Errors
-    /// If the activations are too few or have another width, or the loss stops being a number.
+    /// If the activations are too few or have another width, or the loss or its gradient stops
+    /// being a number.
     pub fn run(
         &mut self,
         activations: &ActivationMatrix,
+        progress: impl FnMut(&Progress) -> ControlFlow<()>,
+    ) -> Result<(), FitError> {
+        let TrainConfig { batch, seed, n_passes, .. } = self.config;
+        let mut source = MatrixSource::new(*activations, seed, batch, n_passes)?;
+        let n_done = (self.state.step * batch) as u64;
+        let per_pass = (activations.n_rows() / batch * batch) as u64;
+        source.seek(&Position::new(n_done / per_pass, n_done % per_pass))?;
+        let n_steps = n_passes * (per_pass as usize / batch);
+        self.fit(&mut source, MatrixSource::COLUMN, n_steps, progress)
+    }
+
+    /// Trains on a column of a stream from where it stands, until there have been `n_steps` steps
+    /// in all or `progress`, called after every one, breaks off.
+    ///
+    /// # Errors
+    /// If the column is not there or has another width, the stream cannot be read or ends before,
+    /// or the loss or its gradient stops being a number.
+    pub fn fit(
+        &mut self,
+        source: &mut impl ActivationSource,
+        column: &str,
+        n_steps: usize,
         mut progress: impl FnMut(&Progress) -> ControlFlow<()>,
-    ) -> Result<(), TrainError> {
-        let TrainConfig { batch, seed, k, clip_norm, .. } = self.config;
-        self.check_width(activations)?;
-        check_batch(&self.config, activations)?;
-        let device = self.state.parameters.w_dec.device();
-        let scale = self.state.input_scale as f32;
-        let mut order = RowOrder::new(seed, activations.n_rows(), batch);
-        let n_steps = self.config.n_passes * order.steps_per_pass();
+    ) -> Result<(), FitError> {
+        let column = column_idx(source.columns(), column)?;
+        self.check_width(source.columns()[column].width)?;
+        let batch = self.config.batch;
+        let mut rows = Rows::empty(source.columns());
         while self.state.step < n_steps {
             let step = self.state.step;
-            let x = activations.gather(order.batch(step), scale, &device);
-            let adam = AdamConfig::new(self.config.schedule.at(step, n_steps));
-            let report = self.state.step(x, k, clip_norm, adam)?;
-            let seen = Progress {
-                step: self.state.step,
-                n_steps,
-                loss: report.loss,
-                l0: report.l0,
-                n_dead: self.state.ages.n_dead(self.config.dead_after),
-            };
-            if progress(&seen).is_break() {
+            rows.clear();
+            if source.read(batch, &mut rows)? < batch {
+                return Err(FitError::SourceEnded { step, n_steps });
+            }
+            if progress(&self.step(rows.column(column), step, n_steps)?).is_break() {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// One step on a batch of raw activations, with the learning rate of `step`.
+    pub(super) fn step(
+        &mut self,
+        values: &[f32],
+        step: usize,
+        n_steps: usize,
+    ) -> Result<Progress, TrainError> {
+        let TrainConfig { batch, k, clip_norm, dead_after, .. } = self.config;
+        let [_, d_in] = self.state.parameters.w_dec.dims();
+        let device = self.state.parameters.w_dec.device();
+        let scale = self.state.input_scale as f32;
+        let scaled: Vec<f32> = values.iter().map(|value| value * scale).collect();
+        let x = Tensor::from_data(TensorData::new(scaled, [batch, d_in]), &device);
+        let adam = AdamConfig::new(self.config.schedule.at(step, n_steps));
+        let report = self.state.step(x, k, clip_norm, adam)?;
+        Ok(Progress {
+            run_idx: 0,
+            step: step + 1,
+            n_steps,
+            loss: report.loss,
+            l0: report.l0,
+            n_dead: self.state.ages.n_dead(dead_after),
+            n_skipped: 0,
+        })
     }
 
     /// What the run is.
@@ -136,11 +183,12 @@ impl Trainer {
             .expect("a validated configuration that ranks by decoder norms")
     }
 
-    fn check_width(&self, activations: &ActivationMatrix) -> Result<(), TrainError> {
+    /// Checks that the SAE is for activations of this width.
+    pub(super) fn check_width(&self, actual: usize) -> Result<(), TrainError> {
         let [_, expected] = self.state.parameters.w_dec.dims();
-        match activations.d_in() {
-            actual if actual == expected => Ok(()),
-            actual => Err(TrainError::Width { expected, actual }),
+        match actual == expected {
+            true => Ok(()),
+            false => Err(TrainError::Width { expected, actual }),
         }
     }
 }

@@ -1,0 +1,502 @@
+//! Several SAEs on one stream.
+
+mod config;
+mod error;
+mod evaluation;
+
+pub use config::FitConfig;
+pub use error::FitError;
+pub use evaluation::Evaluation;
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::Device;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use self::evaluation::HeldOut;
+use super::activation_matrix::ActivationMatrix;
+use super::checkpoint::{Checkpoint, Checkpoints, PassedOver, RunShape, RunState};
+use super::config::TrainConfig;
+use super::error::TrainError;
+use super::trainer::{Progress, Trainer};
+use crate::source::{ActivationSource, Rows, column_idx};
+
+/// Rows from the stream's beginning that scale and centre of the inputs are taken over.
+const SAMPLE: usize = 1 << 14;
+
+/// One of the SAEs that are trained on a stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    /// What it is called in checkpoints.
+    pub name: String,
+    /// The column of the stream that it is trained on.
+    pub column: String,
+    /// What to train. Passes are the stream's matter: `n_passes` has to be 1.
+    pub config: TrainConfig,
+}
+
+impl Run {
+    /// An SAE on this column.
+    pub fn new(name: impl Into<String>, column: impl Into<String>, config: TrainConfig) -> Self {
+        Self { name: name.into(), column: column.into(), config }
+    }
+}
+
+/// Trains SAEs on one stream, all of them on every batch.
+///
+/// With [`Checkpoints`], a run that was killed at any point goes on from the newest one, and ends
+/// with the same bits as if nothing had happened.
+///
+/// ```no_run
+/// # use std::ops::ControlFlow;
+/// # use burn::tensor::Device;
+/// # use sae_core::source::ActivationSource;
+/// # use sae_core::train::{Checkpoints, Fit, FitConfig, FitError, Run, TrainConfig};
+/// # fn f(source: &mut dyn ActivationSource) -> Result<sae_core::Sae, FitError> {
+/// let point = "blocks.5.hook_resid_post";
+/// let runs = [16, 32].map(|k| Run::new(format!("k{k}"), point, TrainConfig::new(4608, k)));
+/// let checkpoints = Checkpoints::open("checkpoints".as_ref())?;
+/// let mut fit =
+///     Fit::resume(runs.to_vec(), source, FitConfig::new(), &Device::flex(), checkpoints)?;
+/// fit.run(|event| ControlFlow::Continue(()))?;
+/// # Ok(fit.trainer("k32").expect("one of them").sae())
+/// # }
+/// ```
+pub struct Fit<'a> {
+    source: &'a mut dyn ActivationSource,
+    config: FitConfig,
+    members: Vec<Member>,
+    step: usize,
+    n_steps: usize,
+    checkpoints: Option<Kept>,
+    resumed: Option<Resumed>,
+    held_out: Option<HeldOut<'a>>,
+    metrics: Option<&'a mut dyn Write>,
+    stop: Option<&'a AtomicBool>,
+    /// Whether the stream failed within a step: then only a checkpoint knows where to go on.
+    interrupted: bool,
+}
+
+/// A run under way.
+struct Member {
+    run: Run,
+    column_idx: usize,
+    trainer: Trainer,
+    n_skipped: u64,
+}
+
+/// Where a run is kept, and as what.
+struct Kept {
+    checkpoints: Checkpoints,
+    identity: Value,
+    /// Steps done when it was last saved or read.
+    saved: Option<usize>,
+}
+
+/// What a run goes on from.
+#[derive(Debug)]
+pub struct Resumed {
+    /// The name of the checkpoint.
+    pub checkpoint: String,
+    /// Steps that were done.
+    pub step: usize,
+    /// Newer checkpoints that could not be used, newest first.
+    pub passed_over: Vec<PassedOver>,
+}
+
+/// Something that happened in a run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Event {
+    /// One of the SAEs made a step, or skipped it: then its loss may be no number.
+    Step(Progress),
+    /// One of the SAEs was evaluated.
+    Evaluation(Evaluation),
+    /// The run was saved.
+    Checkpoint {
+        /// Under this name.
+        name: String,
+        /// After this many steps.
+        step: usize,
+    },
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// All steps are done.
+    Finished,
+    /// The flag or the callback asked for it; the rest can be done later.
+    Stopped,
+}
+
+impl<'a> Fit<'a> {
+    /// A run from the beginning that is not kept anywhere. The scale and centre of the inputs are
+    /// taken from the first rows of the stream, which then goes back to where it stands.
+    ///
+    /// # Errors
+    /// If the runs do not fit each other or the stream, or the stream fails.
+    pub fn new(
+        runs: Vec<Run>,
+        source: &'a mut dyn ActivationSource,
+        config: FitConfig,
+        device: &Device,
+    ) -> Result<Self, FitError> {
+        let n_steps = check(&runs, source, &config)?;
+        let start = source.position();
+        let mut sample = Rows::empty(source.columns());
+        source.read(SAMPLE.max(runs[0].config.batch), &mut sample)?;
+        source.seek(&start)?;
+        let members = runs.into_iter().map(|run| {
+            let column_idx = column_idx(source.columns(), &run.column)?;
+            let rows = ActivationMatrix::new(sample.column(column_idx), sample.width(column_idx))?;
+            let trainer = Trainer::new(run.config.clone(), &rows, device)?;
+            Ok(Member { run, column_idx, trainer, n_skipped: 0 })
+        });
+        let members = members.collect::<Result<_, FitError>>()?;
+        Ok(Self {
+            source,
+            config,
+            members,
+            step: 0,
+            n_steps,
+            checkpoints: None,
+            resumed: None,
+            held_out: None,
+            metrics: None,
+            stop: None,
+            interrupted: false,
+        })
+    }
+
+    /// A run that is kept: it goes on from the newest checkpoint that can be used, or starts if
+    /// there is none.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); if there are checkpoints and none can be read; or if the newest one
+    /// is of another run: another width, `k`, seed, model, stream or anything else of
+    /// [`TrainConfig`]. All that differs is named.
+    pub fn resume(
+        runs: Vec<Run>,
+        source: &'a mut dyn ActivationSource,
+        config: FitConfig,
+        device: &Device,
+        mut checkpoints: Checkpoints,
+    ) -> Result<Self, FitError> {
+        let n_steps = check(&runs, source, &config)?;
+        let identity = identity(&runs, source, &config, n_steps);
+        let device = device.clone().without_autodiff();
+        let Some(found) = checkpoints.newest(&device)? else {
+            let kept = Some(Kept { checkpoints, identity, saved: None });
+            return Ok(Self { checkpoints: kept, ..Self::new(runs, source, config, &device)? });
+        };
+        let expected: Vec<RunShape> = runs
+            .iter()
+            .map(|Run { name, column, config }| {
+                let column = column_idx(source.columns(), column)?;
+                let (d_sae, d_in) = (config.d_sae, source.columns()[column].width);
+                Ok(RunShape { name: name.clone(), d_sae, d_in })
+            })
+            .collect::<Result<_, FitError>>()?;
+        found.checkpoint.check_is_of(&found.name, &identity, &expected)?;
+        let Checkpoint { step, position, runs: states, .. } = found.checkpoint;
+        source.seek(&position)?;
+        let step = step as usize;
+        let members =
+            runs.into_iter().zip(states).map(|(run, RunState { n_skipped, state, .. })| {
+                let column_idx = column_idx(source.columns(), &run.column)?;
+                let trainer = Trainer::resume(run.config.clone(), state)?;
+                Ok(Member { run, column_idx, trainer, n_skipped })
+            });
+        let members = members.collect::<Result<_, FitError>>()?;
+        let (checkpoint, passed_over) = (found.name, found.passed_over);
+        Ok(Self {
+            source,
+            config,
+            members,
+            step,
+            n_steps,
+            checkpoints: Some(Kept { checkpoints, identity, saved: Some(step) }),
+            resumed: Some(Resumed { checkpoint, step, passed_over }),
+            held_out: None,
+            metrics: None,
+            stop: None,
+            interrupted: false,
+        })
+    }
+
+    /// Evaluates on this stream too, always from where it stands now.
+    ///
+    /// # Errors
+    /// If it lacks a column that a run is on, or has it in another width.
+    pub fn evaluate_on(mut self, held_out: &'a mut dyn ActivationSource) -> Result<Self, FitError> {
+        for Member { run, trainer, .. } in &self.members {
+            let column = column_idx(held_out.columns(), &run.column)?;
+            trainer.check_width(held_out.columns()[column].width)?;
+        }
+        self.held_out = Some(HeldOut::new(held_out));
+        Ok(self)
+    }
+
+    /// Writes every event as a line of JSON. A run that goes on after it was killed repeats the
+    /// lines since its checkpoint.
+    pub fn write_metrics_to(mut self, metrics: &'a mut dyn Write) -> Self {
+        self.metrics = Some(metrics);
+        self
+    }
+
+    /// Saves and ends when this is set: by a handler of signals, for one.
+    pub fn stop_on(mut self, flag: &'a AtomicBool) -> Self {
+        self.stop = Some(flag);
+        self
+    }
+
+    /// Trains to the end, or until the flag or `progress`, called after every event, asks to stop.
+    /// Called again, it goes on from there. A run that is kept is saved in any case.
+    ///
+    /// # Errors
+    /// If the stream fails or ends before, something cannot be written, or too many steps had no
+    /// finite loss.
+    pub fn run(
+        &mut self,
+        mut progress: impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<Ended, FitError> {
+        if self.interrupted {
+            return Err(FitError::Interrupted { step: self.step });
+        }
+        let mut rows = Rows::empty(self.source.columns());
+        while self.step < self.n_steps {
+            let asked = self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
+            if asked || self.step(&mut rows, &mut progress)?.is_break() {
+                // The run ends whatever is said to this.
+                let _ = self.save(&mut progress)?;
+                break;
+            }
+        }
+        Ok(if self.step < self.n_steps { Ended::Stopped } else { Ended::Finished })
+    }
+
+    /// A step of every run, and what is due after it.
+    fn step(
+        &mut self,
+        rows: &mut Rows,
+        progress: &mut impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, FitError> {
+        let (step, n_steps, batch) = (self.step, self.n_steps, self.members[0].run.config.batch);
+        rows.clear();
+        // Until the step is done, the stream stands elsewhere than the SAEs.
+        self.interrupted = true;
+        if self.source.read(batch, rows)? < batch {
+            return Err(FitError::SourceEnded { step, n_steps });
+        }
+        let mut given_up = None;
+        let mut events = Vec::new();
+        for (run_idx, member) in self.members.iter_mut().enumerate() {
+            let (report, skipped) = member.step(rows, step, n_steps)?;
+            events.push(Event::Step(Progress { run_idx, ..report }));
+            if let Some(source) = skipped
+                && member.n_skipped > self.config.max_skipped
+            {
+                let (run, n_skipped) = (member.run.name.clone(), member.n_skipped);
+                let limit = self.config.max_skipped;
+                given_up = Some(FitError::TooManySkipped { run, n_skipped, limit, source });
+            }
+        }
+        self.step += 1;
+        self.interrupted = false;
+        let mut flow = self.tell(&events, progress)?;
+        if let Some(error) = given_up {
+            let _ = self.save(progress)?;
+            return Err(error);
+        }
+        let due = |every: usize| self.step == n_steps || self.step.is_multiple_of(every);
+        let (evaluate, save) = (due(self.config.evaluate_every), due(self.config.checkpoint_every));
+        if evaluate && let Some(held_out) = &mut self.held_out {
+            let n_rows = self.config.evaluate_rows;
+            let evaluations = held_out.evaluate(&self.members, self.step, n_rows)?;
+            let events: Vec<_> = evaluations.into_iter().map(Event::Evaluation).collect();
+            flow = either(flow, self.tell(&events, progress)?);
+        }
+        if save {
+            flow = either(flow, self.save(progress)?);
+        }
+        Ok(flow)
+    }
+
+    /// Saves the run, if it is kept.
+    fn save(
+        &mut self,
+        progress: &mut impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, FitError> {
+        let step = self.step;
+        let Some(kept) = self.checkpoints.as_mut().filter(|kept| kept.saved != Some(step)) else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        let runs = self.members.iter().map(|member| {
+            let (state, name) = (member.trainer.state().clone(), member.run.name.clone());
+            let [d_sae, d_in] = state.parameters.w_dec.dims();
+            let shape = RunShape { name, d_sae, d_in };
+            RunState { shape, n_skipped: member.n_skipped, state }
+        });
+        let name = kept.checkpoints.save(&Checkpoint {
+            identity: kept.identity.clone(),
+            step: step as u64,
+            position: self.source.position(),
+            runs: runs.collect(),
+        })?;
+        kept.saved = Some(step);
+        self.tell(&[Event::Checkpoint { name, step }], progress)
+    }
+
+    fn tell(
+        &mut self,
+        events: &[Event],
+        progress: &mut impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, FitError> {
+        let mut flow = ControlFlow::Continue(());
+        for event in events {
+            if let Some(metrics) = &mut self.metrics {
+                let line = serde_json::to_string(event).expect("plain values are JSON");
+                writeln!(metrics, "{line}").map_err(|source| FitError::Metrics { source })?;
+            }
+            flow = either(flow, progress(event));
+        }
+        Ok(flow)
+    }
+
+    /// What the run went on from, if it did.
+    pub fn resumed(&self) -> Option<&Resumed> {
+        self.resumed.as_ref()
+    }
+
+    /// Steps of the run.
+    pub fn n_steps(&self) -> usize {
+        self.n_steps
+    }
+
+    /// Steps done.
+    pub fn steps_done(&self) -> usize {
+        self.step
+    }
+
+    /// The trainer of the run of this name.
+    pub fn trainer(&self, name: &str) -> Option<&Trainer> {
+        self.members.iter().find(|member| member.run.name == name).map(|member| &member.trainer)
+    }
+
+    /// The trainers, in the order of the runs.
+    pub fn into_trainers(self) -> Vec<Trainer> {
+        self.members.into_iter().map(|member| member.trainer).collect()
+    }
+}
+
+impl Member {
+    /// A step, or why it was skipped.
+    fn step(
+        &mut self,
+        rows: &Rows,
+        step: usize,
+        n_steps: usize,
+    ) -> Result<(Progress, Option<TrainError>), TrainError> {
+        let stepped = self.trainer.step(rows.column(self.column_idx), step, n_steps);
+        let (report, skipped) = match stepped {
+            Ok(report) => (report, None),
+            Err(error) => {
+                let loss = match error {
+                    TrainError::NonFiniteLoss { loss, .. } => loss,
+                    TrainError::NonFiniteGradient { .. } => f64::NAN,
+                    _ => return Err(error),
+                };
+                self.n_skipped += 1;
+                let n_dead = self.trainer.state().ages.n_dead(self.run.config.dead_after);
+                let step = step + 1;
+                let report =
+                    Progress { run_idx: 0, step, n_steps, loss, l0: 0.0, n_dead, n_skipped: 0 };
+                (report, Some(error))
+            }
+        };
+        Ok((Progress { n_skipped: self.n_skipped, ..report }, skipped))
+    }
+}
+
+fn either(a: ControlFlow<()>, b: ControlFlow<()>) -> ControlFlow<()> {
+    if a.is_break() { a } else { b }
+}
+
+/// Checks that the runs can be made together on this stream, and gives their number of steps.
+fn check(
+    runs: &[Run],
+    source: &dyn ActivationSource,
+    config: &FitConfig,
+) -> Result<usize, FitError> {
+    let expected = runs.first().ok_or(FitError::NoRuns)?.config.batch;
+    for (option, actual) in [
+        ("checkpoint_every", config.checkpoint_every),
+        ("evaluate_every", config.evaluate_every),
+        ("evaluate_rows", config.evaluate_rows),
+    ] {
+        if actual == 0 {
+            let (expected, actual) = ("at least 1", 0.0);
+            return Err(TrainError::Option { option, expected, actual }.into());
+        }
+    }
+    for (idx, Run { name, column, config }) in runs.iter().enumerate() {
+        let column = column_idx(source.columns(), column)?;
+        config.validate(source.columns()[column].width)?;
+        if config.n_passes != 1 {
+            let (option, expected) = ("n_passes", "1: passes over a stream are the stream's");
+            return Err(
+                TrainError::Option { option, expected, actual: config.n_passes as f64 }.into()
+            );
+        }
+        if config.batch != expected {
+            let (run, actual) = (name.clone(), config.batch);
+            return Err(FitError::Batch { run, expected, actual });
+        }
+        if runs[..idx].iter().any(|run| run.name == *name) {
+            return Err(FitError::SameName { name: name.clone() });
+        }
+    }
+    let in_stream = source.n_rows().map(|n_rows| n_rows as usize / expected);
+    let n_steps = config.n_steps.or(in_stream).ok_or(FitError::UnknownLength)?;
+    if n_steps == 0 {
+        let n_rows = source.n_rows().unwrap_or(0) as usize;
+        return Err(TrainError::TooFewRows { n_rows, batch: expected }.into());
+    }
+    Ok(n_steps)
+}
+
+/// All that the bits of a run depend on.
+fn identity(
+    runs: &[Run],
+    source: &dyn ActivationSource,
+    config: &FitConfig,
+    n_steps: usize,
+) -> Value {
+    let columns = source.columns();
+    let runs: Map<String, Value> = runs
+        .iter()
+        .map(|Run { name, column, config }| {
+            let width = columns.iter().find(|c| c.name == *column).map(|c| c.width);
+            (name.clone(), json!({ "column": column, "d_in": width, "config": config }))
+        })
+        .collect();
+    let order: Vec<&String> = runs.keys().collect();
+    let identity = json!({
+        "model": config.model,
+        "data": source.fingerprint(),
+        "dtype": "F32",
+        "n_steps": n_steps,
+        "order": order,
+        "runs": runs,
+    });
+    // Through text, as the checkpoint's: reading may round numbers.
+    serde_json::from_str(&identity.to_string()).expect("our own JSON")
+}
+
+#[cfg(test)]
+mod tests;

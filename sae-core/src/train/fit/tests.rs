@@ -1,0 +1,407 @@
+use std::cell::{Cell, RefCell};
+use std::path::Path;
+use std::rc::Rc;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+use crate::source::{Chunks, Column, Mixing, MixingBuffer, Position, SourceError};
+use crate::train::{CheckpointError, MatrixSource, Schedule, TrainState};
+
+const BATCH: usize = 16;
+const N_ROWS: u64 = 200;
+
+fn device() -> Device {
+    Device::flex()
+}
+
+fn columns() -> Vec<Column> {
+    vec![Column::new("early", 8), Column::new("late", 5), Column::new("id", 1)]
+}
+
+/// Chunks of 30 rows of noise that know their number.
+fn chunks(poison: Rc<Cell<bool>>) -> impl ActivationSource {
+    Chunks::new(columns(), "noise", move |chunk| {
+        let ids: Vec<u64> = (chunk * 30..(chunk * 30 + 30).min(N_ROWS)).collect();
+        let noise = |width: usize, salt: u64| -> Vec<f32> {
+            let of = |&id: &u64| {
+                let mut random = ChaCha8Rng::seed_from_u64(id * 2 + salt);
+                (0..width).map(|_| random.random_range(-1.0..1.0)).collect::<Vec<f32>>()
+            };
+            ids.iter().flat_map(of).collect()
+        };
+        let mut early = noise(8, 0);
+        if poison.get() && chunk == 2 {
+            early[3] = f32::NAN;
+        }
+        let rows = vec![early, noise(5, 1), ids.iter().map(|&id| id as f32).collect()];
+        let rows = Rows::new(&columns(), rows).expect("whole rows");
+        Ok::<_, std::convert::Infallible>((!ids.is_empty()).then_some(rows))
+    })
+    .with_n_rows(N_ROWS)
+}
+
+/// The rows in a buffer, with a note of every one that is read, and an end to reading on request.
+struct Watched<S> {
+    source: S,
+    ids: Rc<RefCell<Vec<u32>>>,
+    n_reads_left: usize,
+}
+
+impl<S: ActivationSource> ActivationSource for Watched<S> {
+    fn columns(&self) -> &[Column] {
+        self.source.columns()
+    }
+
+    fn n_rows(&self) -> Option<u64> {
+        self.source.n_rows()
+    }
+
+    fn fingerprint(&self) -> String {
+        self.source.fingerprint()
+    }
+
+    fn read(&mut self, n: usize, rows: &mut Rows) -> Result<usize, SourceError> {
+        if self.n_reads_left == 0 {
+            return Err(SourceError::Chunk { chunk: 0, source: "the power went out".into() });
+        }
+        self.n_reads_left -= 1;
+        let from = rows.n_rows();
+        let n_read = self.source.read(n, rows)?;
+        self.ids.borrow_mut().extend(rows.column(2)[from..].iter().map(|&id| id as u32));
+        Ok(n_read)
+    }
+
+    fn position(&self) -> Position {
+        self.source.position()
+    }
+
+    fn seek(&mut self, position: &Position) -> Result<(), SourceError> {
+        self.source.seek(position)
+    }
+}
+
+fn source(n_reads_left: usize) -> Watched<impl ActivationSource> {
+    let mixing = Mixing { capacity: 50, share: 0.5, seed: 9 };
+    let buffer = MixingBuffer::new(chunks(Rc::default()), mixing).expect("possible");
+    Watched { source: buffer, ids: Rc::default(), n_reads_left }
+}
+
+fn runs() -> Vec<Run> {
+    let config = TrainConfig::new(12, 2).with_batch(BATCH).with_dead_after(20);
+    let config = config.with_schedule(Schedule::new().with_learning_rate(1e-2));
+    vec![
+        Run::new("a", "early", config.clone()),
+        Run::new("b", "late", config.clone().with_seed(1)),
+        Run::new("c", "early", TrainConfig { k: 3, d_sae: 20, ..config }),
+    ]
+}
+
+fn options() -> FitConfig {
+    FitConfig::new().with_checkpoint_every(3).with_model("none".to_owned())
+}
+
+fn on(_: &Event) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+fn bits(state: &TrainState) -> Vec<u64> {
+    let (p, m) = (&state.parameters, &state.moments);
+    let bits = |p: &crate::train::Parameters| {
+        let all = [p.w_enc.to_data(), p.w_dec.to_data(), p.b_enc.to_data(), p.b_dec.to_data()];
+        all.map(|data| data.iter::<f32>().map(|x| x.to_bits().into()).collect::<Vec<_>>()).concat()
+    };
+    let rest = [state.step as u64, state.input_scale.to_bits()];
+    [bits(p), bits(&m.first), bits(&m.second), state.ages.rows().to_vec(), rest.to_vec()].concat()
+}
+
+fn all_bits(fit: Fit) -> Vec<Vec<u64>> {
+    fit.into_trainers().iter().map(|trainer| bits(trainer.state())).collect()
+}
+
+fn uninterrupted() -> Vec<Vec<u64>> {
+    let mut source = source(usize::MAX);
+    let mut fit = Fit::new(runs(), &mut source, options(), &device()).expect("valid");
+    assert_eq!(fit.run(on).expect("trains"), Ended::Finished);
+    all_bits(fit)
+}
+
+fn resume<'a>(source: &'a mut dyn ActivationSource, folder: &Path) -> Result<Fit<'a>, FitError> {
+    let checkpoints = Checkpoints::open(folder).expect("opens");
+    Fit::resume(runs(), source, options(), &device(), checkpoints)
+}
+
+#[test]
+fn a_run_that_is_broken_off_anywhere_ends_with_the_same_bits_and_uses_every_row_once() {
+    let whole = uninterrupted();
+    let n_steps = N_ROWS as usize / BATCH;
+    for dies_in in 0..=n_steps {
+        for politely in [true, false] {
+            let folder = tempfile::tempdir().expect("a folder");
+            // The sample takes one read, before the steps.
+            let n_reads = if politely { usize::MAX } else { 1 + dies_in };
+            let mut first = source(n_reads);
+            let used = first.ids.clone();
+            let mut fit = resume(&mut first, folder.path()).expect("starts");
+            assert!(fit.resumed().is_none());
+            used.borrow_mut().clear();
+            let ended = fit.run(|event| match event {
+                Event::Step(progress) if politely && progress.step == dies_in => {
+                    ControlFlow::Break(())
+                }
+                _ => ControlFlow::Continue(()),
+            });
+            assert_eq!(ended.is_ok(), politely || dies_in == n_steps, "{dies_in}");
+            drop(fit);
+            let mut second = source(usize::MAX);
+            let again = second.ids.clone();
+            let mut fit = resume(&mut second, folder.path()).expect("goes on");
+            let from = fit.resumed().map_or(0, |resumed| resumed.step);
+            match politely {
+                true => assert_eq!(from, if dies_in == 0 { n_steps } else { dies_in }),
+                false if dies_in == n_steps => assert_eq!(from, n_steps),
+                false => assert_eq!(from, dies_in / 3 * 3),
+            }
+            if from == 0 {
+                again.borrow_mut().clear();
+            }
+            assert_eq!(fit.run(on).expect("trains"), Ended::Finished);
+            assert_eq!(all_bits(fit), whole, "{dies_in} {politely}");
+            let mut ids = used.borrow()[..from * BATCH].to_vec();
+            ids.extend(&*again.borrow());
+            ids.sort_unstable();
+            let n_used = ids.len();
+            ids.dedup();
+            assert_eq!((n_used, ids.len()), (n_steps * BATCH, n_steps * BATCH), "{dies_in}");
+        }
+    }
+}
+
+#[test]
+fn runs_do_not_disturb_each_other() {
+    let together = uninterrupted();
+    for (run, together) in runs().into_iter().zip(together) {
+        let mut source = source(usize::MAX);
+        let mut fit = Fit::new(vec![run], &mut source, options(), &device()).expect("valid");
+        fit.run(on).expect("trains");
+        assert_eq!(all_bits(fit), [together]);
+    }
+}
+
+/// On a size at which work is shared out.
+#[test]
+fn one_thread_and_two_give_the_same_bits() {
+    let values: Vec<f32> = (0..64 * 2048).map(|i| (i as f32 * 0.7).sin()).collect();
+    let matrix = ActivationMatrix::new(&values, 64).expect("whole rows");
+    let config = TrainConfig::new(1024, 16).with_batch(1024).with_clip_norm(Some(1.0));
+    let on_threads = |n: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
+        pool.install(|| {
+            let mut source = MatrixSource::new(matrix, 3, 1024, 3).expect("a batch");
+            let runs = vec![Run::new("a", MatrixSource::COLUMN, config.clone())];
+            let mut fit = Fit::new(runs, &mut source, options(), &device()).expect("valid");
+            fit.run(on).expect("trains");
+            all_bits(fit)
+        })
+    };
+    let one = on_threads(1);
+    assert_eq!(one, on_threads(2));
+    assert_eq!(one, on_threads(3));
+}
+
+#[test]
+fn another_run_is_refused_by_all_that_differs() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut first = source(usize::MAX);
+    resume(&mut first, folder.path()).expect("starts").run(on).expect("trains");
+    let refused = |runs: Vec<Run>, source: &mut dyn ActivationSource, options: FitConfig| {
+        let checkpoints = Checkpoints::open(folder.path()).expect("opens");
+        match Fit::resume(runs, source, options, &device(), checkpoints).err() {
+            Some(FitError::Checkpoint(CheckpointError::OtherRun { differences, .. })) => {
+                let told = |d: crate::train::Difference| {
+                    format!("{}: {}, not {}", d.field, d.expected, d.actual)
+                };
+                differences.into_iter().map(told).collect::<Vec<_>>()
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let mut others = runs();
+    others[0].config = others[0].config.clone().with_seed(7);
+    (others[2].config.k, others[2].config.d_sae) = (4, 24);
+    let changed = refused(others, &mut source(9), options().with_model("gpt2".to_owned()));
+    assert_eq!(
+        changed,
+        [
+            "model: \"none\", not \"gpt2\"",
+            "runs.a.config.seed: 0, not 7",
+            "runs.c.config.d_sae: 20, not 24",
+            "runs.c.config.k: 3, not 4",
+        ]
+    );
+    let mut plain = chunks(Rc::default());
+    let changed = refused(runs(), &mut plain, options().with_n_steps(Some(5)));
+    assert_eq!(changed.len(), 2, "{changed:?}");
+    assert!(changed[0].starts_with("data: ") && changed[1] == "n_steps: 12, not 5");
+    let mut fewer = runs();
+    fewer.pop();
+    let changed = refused(fewer, &mut source(9), options());
+    assert!(changed.last().is_some_and(|d| d.starts_with("runs.c: {") && d.ends_with("absent")));
+}
+
+#[test]
+fn steps_without_a_finite_loss_are_skipped_counted_and_in_the_end_too_many() {
+    let poison = Rc::new(Cell::new(false));
+    let run = |max_skipped: u64, folder: &Path| {
+        poison.set(false);
+        let mut source = chunks(poison.clone());
+        let checkpoints = Checkpoints::open(folder).expect("opens");
+        let config = options().with_max_skipped(max_skipped);
+        let fit = Fit::resume(runs(), &mut source, config, &device(), checkpoints);
+        let mut fit = fit.expect("valid");
+        poison.set(true);
+        let mut lost = Vec::new();
+        let ended = fit.run(|event| {
+            if let Event::Step(progress) = event
+                && progress.n_skipped > 0
+                && !progress.loss.is_finite()
+            {
+                lost.push((progress.run_idx, progress.step));
+            }
+            on(event)
+        });
+        let steps = fit.members.iter().map(|m| m.trainer.state().step).collect::<Vec<_>>();
+        let finite = fit.members.iter().all(|m| m.trainer.state().parameters.norm().is_finite());
+        assert!(finite);
+        (ended, steps, lost)
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    // Row 60 is in the fourth batch of the two runs on the early point.
+    let (ended, steps, lost) = run(1, folder.path());
+    assert_eq!(ended.expect("tolerated"), Ended::Finished);
+    assert_eq!((steps, lost), (vec![11, 12, 11], vec![(0, 4), (2, 4)]));
+    let folder = tempfile::tempdir().expect("a folder");
+    let (ended, ..) = run(0, folder.path());
+    let error = ended.unwrap_err();
+    assert_eq!(error.to_string(), "run \"c\" has skipped 1 steps, more than 0");
+    let mut source = chunks(Rc::default());
+    let fit = resume(&mut source, folder.path()).expect("the state was saved");
+    assert_eq!((fit.steps_done(), fit.members[0].n_skipped), (4, 1));
+}
+
+#[test]
+fn a_flag_saves_and_ends() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (stop, mut source) = (AtomicBool::new(false), source(usize::MAX));
+    let mut fit = resume(&mut source, folder.path()).expect("starts").stop_on(&stop);
+    let mut saved = None;
+    let ended = fit.run(|event| {
+        match event {
+            Event::Step(progress) => stop.store(progress.step == 5, Ordering::Relaxed),
+            Event::Checkpoint { step, .. } => saved = Some(*step),
+            _ => {}
+        }
+        on(event)
+    });
+    assert_eq!((ended.expect("ends"), saved), (Ended::Stopped, Some(5)));
+}
+
+#[test]
+fn evaluations_and_metrics_are_written_as_lines_of_json() {
+    let (mut training, mut held_out) = (source(usize::MAX), chunks(Rc::default()));
+    let mut lines = Vec::new();
+    let config = options().with_evaluate_every(5).with_evaluate_rows(40);
+    let mut fit = Fit::new(runs(), &mut training, config, &device())
+        .expect("valid")
+        .evaluate_on(&mut held_out)
+        .expect("the same columns")
+        .write_metrics_to(&mut lines);
+    fit.run(on).expect("trains");
+    let trainer = fit.trainer("b").expect("one of them");
+    let (sae, scale) = (trainer.sae(), trainer.state().input_scale);
+    drop(fit);
+    let lines: Vec<Value> = String::from_utf8(lines)
+        .expect("text")
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    let of = |event: &str| lines.iter().filter(|line| line["event"] == event).collect::<Vec<_>>();
+    assert_eq!(of("step").len(), 36);
+    let evaluations = of("evaluation");
+    let steps: Vec<_> = evaluations.iter().map(|line| line["step"].as_u64()).collect();
+    assert_eq!(steps, [5, 5, 5, 10, 10, 10, 12, 12, 12].map(Some));
+    // The last one of run b, by hand.
+    held_out.seek(&Position::default()).expect("its beginning");
+    let mut rows = Rows::empty(held_out.columns());
+    held_out.read(40, &mut rows).expect("reads");
+    let data = burn::tensor::TensorData::new(rows.column(1).to_vec(), [40, 5]);
+    let x = burn::tensor::Tensor::<2>::from_data(data, &device());
+    let error = sae.decompose(x).error.square().sum().into_scalar::<f32>();
+    let loss = f64::from(error) / 40.0 * scale * scale;
+    let told = evaluations[7]["loss"].as_f64().expect("a number");
+    assert!((told / loss - 1.0).abs() < 1e-4, "{told} for {loss}");
+    assert_eq!(evaluations[7]["n_rows"], 40);
+    for (from, to) in [("l0", 2.0), ("dead_share", 1.0)] {
+        let value = evaluations[7][from].as_f64().expect("a number");
+        assert!((0.0..=to).contains(&value), "{from} = {value}");
+    }
+}
+
+#[test]
+fn runs_that_cannot_be_made_are_refused() {
+    let error = |runs: Vec<Run>, config: FitConfig| {
+        Fit::new(runs, &mut chunks(Rc::default()), config, &device()).err().expect("refused")
+    };
+    let with = |change: fn(&mut Run)| {
+        let mut runs = runs();
+        change(&mut runs[1]);
+        error(runs, options()).to_string()
+    };
+    assert!(matches!(error(Vec::new(), options()), FitError::NoRuns));
+    assert_eq!(with(|run| run.name = "a".into()), "two runs are named \"a\"");
+    assert_eq!(
+        with(|run| run.config.batch = 8),
+        "run \"b\" takes batches of 8, the first one of 16"
+    );
+    assert!(with(|run| run.config.n_passes = 2).starts_with("n_passes = 2 is not 1"));
+    let expected = "no column \"none\" among early [8], late [5], id [1]";
+    assert_eq!(with(|run| run.column = "none".into()), expected);
+    let never = error(runs(), options().with_checkpoint_every(0)).to_string();
+    assert_eq!(never, "checkpoint_every = 0 is not at least 1");
+    let endless = error(runs(), options().with_n_steps(Some(0)));
+    assert!(matches!(endless, FitError::Train(TrainError::TooFewRows { .. })));
+    let (mut source, config) = (chunks(Rc::default()), options().with_n_steps(Some(13)));
+    let mut fit = Fit::new(runs(), &mut source, config, &device()).expect("valid");
+    let ended = fit.run(on).unwrap_err();
+    assert_eq!(ended.to_string(), "the stream ends in step 12 of 13");
+    assert!(matches!(fit.run(on), Err(FitError::Interrupted { step: 12 })));
+}
+
+#[test]
+fn a_matrix_can_be_kept_too() {
+    let values: Vec<f32> = (0..400).map(|i| (i as f32 * 0.7).sin()).collect();
+    let matrix = ActivationMatrix::new(&values, 8).expect("whole rows");
+    let config = TrainConfig::new(12, 2).with_batch(BATCH);
+    let runs = || vec![Run::new("a", MatrixSource::COLUMN, config.clone())];
+    let source = || MatrixSource::new(matrix, 3, BATCH, 4).expect("a batch");
+    let mut whole = source();
+    let mut fit = Fit::new(runs(), &mut whole, options(), &device()).expect("valid");
+    fit.run(on).expect("trains");
+    let whole = all_bits(fit);
+    let folder = tempfile::tempdir().expect("a folder");
+    for n in [5, 12] {
+        let checkpoints = Checkpoints::open(folder.path()).expect("opens");
+        let mut source = source();
+        let fit = Fit::resume(runs(), &mut source, options(), &device(), checkpoints);
+        let mut fit = fit.expect("valid");
+        fit.run(|event| match event {
+            Event::Step(progress) if progress.step == n => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        })
+        .expect("trains");
+        if n == 12 {
+            assert_eq!(all_bits(fit), whole);
+        }
+    }
+}
