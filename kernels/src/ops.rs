@@ -79,10 +79,15 @@ impl AttentionConfig {
 pub enum Select {
     /// `relu(p)` at the so many largest of `p ⊙ by` in each row.
     TopK(usize),
+    /// `p`, of whatever sign, at the so many largest of `p ⊙ by` in each row.
+    TopKSigned(usize),
     /// `p` at the so many largest of `|p ⊙ by|` in each row.
     TopKMagnitude(usize),
     /// `p` at the so many largest of `p ⊙ by` in all rows together, as far as they are above zero.
     BatchTopK(usize),
+    /// `relu(p)` at the largest `p` in each of so many groups of neighbouring columns. `by` means
+    /// nothing.
+    GroupMax(usize),
     /// `p` where `p > max(by, 0)`.
     Above,
 }

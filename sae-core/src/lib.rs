@@ -16,7 +16,6 @@ pub mod activation;
 pub mod config;
 pub mod format;
 pub mod latents;
-pub mod loss;
 pub mod metrics;
 pub mod normalization;
 pub mod sae;

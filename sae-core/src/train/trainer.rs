@@ -3,25 +3,25 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::Device;
-use kernels::AdamConfig;
 
 use super::activation_matrix::ActivationMatrix;
 use super::config::TrainConfig;
 use super::error::TrainError;
 use super::initial;
 use super::row_order::RowOrder;
-use super::state::TrainState;
+use super::state::{StepOutcome, TrainState};
 use crate::sae::Sae;
 
-/// Trains a TopK SAE.
+/// Trains an SAE.
 ///
 /// ```no_run
 /// # use std::ops::ControlFlow;
 /// # use burn::tensor::Device;
-/// # use sae_core::train::{ActivationMatrix, TrainConfig, TrainError, Trainer};
+/// # use sae_core::train::{ActivationMatrix, Objective, TrainConfig, TrainError, Trainer};
 /// # fn f(values: &[f32]) -> Result<sae_core::Sae, TrainError> {
 /// let activations = ActivationMatrix::new(values, 576)?;
-/// let mut trainer = Trainer::new(TrainConfig::new(4608, 32), &activations, &Device::flex())?;
+/// let config = TrainConfig::new(4608, Objective::top_k(32));
+/// let mut trainer = Trainer::new(config, &activations, &Device::flex())?;
 /// trainer.run(&activations, |progress| ControlFlow::Continue(()))?;
 /// # Ok(trainer.sae())
 /// # }
@@ -74,7 +74,7 @@ impl Trainer {
     /// # Panics
     /// If the state is that of an SAE of another size.
     pub fn resume(config: TrainConfig, state: TrainState) -> Result<Self, TrainError> {
-        let [d_sae, d_in] = state.parameters.w_dec.dims();
+        let (d_sae, d_in) = (state.parameters.d_sae(), state.parameters.d_in());
         config.validate(d_in)?;
         assert_eq!(config.d_sae, d_sae, "the state of another SAE");
         Ok(Self { config, state })
@@ -90,18 +90,22 @@ impl Trainer {
         activations: &ActivationMatrix,
         mut progress: impl FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<(), TrainError> {
-        let TrainConfig { batch, seed, k, clip_norm, .. } = self.config;
+        let TrainConfig { batch, seed, .. } = self.config;
         self.check_width(activations)?;
         check_batch(&self.config, activations)?;
-        let device = self.state.parameters.w_dec.device();
+        let device = self.state.parameters.w_dec().device();
         let scale = self.state.input_scale as f32;
         let mut order = RowOrder::new(seed, activations.n_rows(), batch);
         let n_steps = self.config.n_passes * order.steps_per_pass();
         while self.state.step < n_steps {
             let step = self.state.step;
             let x = activations.gather(order.batch(step), scale, &device);
-            let adam = AdamConfig::new(self.config.schedule.at(step, n_steps));
-            let report = self.state.step(x, k, clip_norm, adam)?;
+            let report = match self.state.step(x, &self.config, n_steps) {
+                StepOutcome::Taken(report) => report,
+                StepOutcome::Skipped { loss } => {
+                    return Err(TrainError::NonFiniteLoss { step, loss });
+                }
+            };
             let seen = Progress {
                 step: self.state.step,
                 n_steps,
@@ -126,18 +130,13 @@ impl Trainer {
         &self.state
     }
 
-    /// The SAE as trained so far, for raw activations, with decoder rows of norm 1.
+    /// The SAE as trained so far, for raw activations: [`TrainState::sae`].
     pub fn sae(&self) -> Sae {
-        let weights = self.state.parameters.to_weights();
-        let [d_sae, d_in] = weights.w_dec.dims();
-        debug_assert_eq!(d_sae, self.config.d_sae);
-        Sae::new(self.config.sae(d_in), weights)
-            .and_then(|sae| sae.fold_input_scale(self.state.input_scale).fold_decoder_norms())
-            .expect("a validated configuration that ranks by decoder norms")
+        self.state.sae(&self.config)
     }
 
     fn check_width(&self, activations: &ActivationMatrix) -> Result<(), TrainError> {
-        let [_, expected] = self.state.parameters.w_dec.dims();
+        let expected = self.state.parameters.d_in();
         match activations.d_in() {
             actual if actual == expected => Ok(()),
             actual => Err(TrainError::Width { expected, actual }),
