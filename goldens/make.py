@@ -1,7 +1,7 @@
 """Makes reference files for the golden tests with the libraries that they are compared to.
 
     python make.py --out DIR models
-    python make.py --out DIR sae_lens sae_lens_train
+    python make.py --out DIR sae_lens sae_lens_train sparsify dictionary_learning
     python make.py --out DIR --gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
 Each kind writes DIR/KIND/CASE/; `GOLDENS=$(realpath DIR) cargo test --workspace golden` puts them
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+import make_training
 
 
 def write_json(path, value):
@@ -446,15 +448,15 @@ def gguf_tokenizer(path):
     return tokenizer
 
 
-# sae_lens and sae_lens_train: TopK
+# sae_lens: TopK
 
 D_IN, D_SAE, K, N = 20, 80, 7, 12
-# Whether norms rescale, and how strongly and on how many dead latents the auxiliary loss acts.
+# Whether norms rescale, and how strongly the auxiliary loss acts.
 TRAINING = {
-    "topk": (True, 1.0, 0),
-    "topk_dead": (True, 1.0, 30),
-    "topk_fewdead": (True, 1.0, 4),
-    "topk_norescale_dead": (False, 0.5, 30),
+    "topk": (True, 1.0),
+    "topk_dead": (True, 1.0),
+    "topk_fewdead": (True, 1.0),
+    "topk_norescale_dead": (False, 0.5),
 }
 
 
@@ -515,7 +517,7 @@ def outputs(sae, x):
 def training_sae(name):
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    rescale, auxiliary, _ = TRAINING[name]
+    rescale, auxiliary = TRAINING[name]
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
             d_in=D_IN,
@@ -529,64 +531,13 @@ def training_sae(name):
     return sae
 
 
-def sae_lens_train(out, _):
-    for name in TRAINING:
-        training_step(out / "sae_lens_train" / name, name)
-
-
-def training_step(folder, name):
-    """One step of Adam, without the clipping that SAELens' trainer does before it."""
-    from sae_lens.saes.sae import TrainStepInput
-
-    sae = training_sae(name)
-    sae.save_model(folder)
-    x = sae_input(2)
-    dead = torch.zeros(D_SAE, dtype=torch.bool)
-    dead[: TRAINING[name][2]] = True
-    adam = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8}
-    optimizer = torch.optim.Adam(sae.parameters(), **adam)
-    step = sae.training_forward_pass(
-        TrainStepInput(
-            sae_in=x,
-            coefficients={},
-            dead_neuron_mask=dead,
-            n_training_steps=0,
-            is_logging_step=False,
-        )
-    )
-    step.loss.backward()
-    tensors = {
-        "x": x,
-        "dead_mask": dead.to(torch.uint8),
-        "sae_out": step.sae_out,
-        "feature_acts": step.feature_acts,
-        "hidden_pre": step.hidden_pre,
-    }
-    tensors |= {f"grad.{key}": p.grad.clone() for key, p in sae.named_parameters()}
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in sae.parameters()))
-    optimizer.step()
-    tensors |= {f"after_adam.{key}": p for key, p in sae.named_parameters()}
-    write_tensors(folder / "golden.safetensors", tensors)
-    write_json(
-        folder / "golden.json",
-        {
-            "loss": step.loss.item(),
-            "losses": {key: float(value) for key, value in step.losses.items()},
-            "coefficients": {},
-            "grad_total_norm": norm,
-            "adam": adam | {"clip": None},
-            "l0": (step.feature_acts > 0).sum(-1).float().mean().item(),
-            "sae_lens": version("sae-lens"),
-            "inference_architecture": "topk",
-        },
-    )
-
-
 KINDS = {
     "models": models,
     "smollm2": smollm2,
     "sae_lens": sae_lens,
-    "sae_lens_train": sae_lens_train,
+    "sae_lens_train": make_training.sae_lens_train,
+    "sparsify": make_training.sparsify,
+    "dictionary_learning": make_training.dictionary_learning,
 }
 
 

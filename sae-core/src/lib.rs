@@ -9,6 +9,7 @@
 //! | run an SAE | [`Sae`] |
 //! | read and write SAELens' files | [`format::saelens`] |
 //! | train one | [`train::Trainer`] |
+//! | choose its kind and its loss | [`train::Objective`] |
 //! | measure one | [`metrics`] |
 //! | put one into a forward pass | [`splice::Splice`] |
 

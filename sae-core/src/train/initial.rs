@@ -5,7 +5,7 @@ use rand::{Rng, RngExt};
 use rand_distr::StandardNormal;
 
 use super::activation_matrix::ActivationMatrix;
-use super::config::{Centre, TrainConfig};
+use super::config::{Centre, TrainConfig, Transcoder};
 use super::error::TrainError;
 use super::objective::{JumpRelu, Kind, ThresholdParameter};
 use super::parameters::{ParameterName, Parameters};
@@ -21,12 +21,46 @@ pub(super) fn state(
     activations: &ActivationMatrix,
     device: &Device,
 ) -> Result<TrainState, TrainError> {
-    transcoding_state(config, activations, activations, device)
+    TrainState::initial(config, activations, None, device)
 }
 
-/// The same for an SAE that is to reconstruct `target`: `b_dec` lies in its centre, and where its
-/// width is another one than that of the activations, the encoder has random rows of its own.
-pub(super) fn transcoding_state(
+impl TrainState {
+    /// Before the first step: decoder rows of the norm asked for in random directions, the encoder
+    /// their transpose, `b_dec` in the centre of the activations.
+    ///
+    /// A transcoder needs a sample of its target too: `b_dec` lies in the centre of that, and where
+    /// it is of another width than the activations, the encoder has random rows of its own.
+    ///
+    /// # Errors
+    /// If an option is out of its range, the target is missing, not wanted or of another width than
+    /// the configuration says, or the activations cannot be scaled.
+    pub fn initial(
+        config: &TrainConfig,
+        activations: &ActivationMatrix,
+        target: Option<&ActivationMatrix>,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        config.validate(activations.d_in())?;
+        let target = match (config.transcoder, target) {
+            (None, None) => activations,
+            (Some(Transcoder { d_out, .. }), Some(target)) if d_out == target.d_in() => target,
+            (Some(Transcoder { d_out: expected, .. }), Some(target)) => {
+                return Err(TrainError::Width { expected, actual: target.d_in() });
+            }
+            (Some(_), None) => {
+                let (option, with) = ("transcoder", "activations without a target");
+                return Err(TrainError::Conflict { option, with });
+            }
+            (None, Some(_)) => {
+                let (option, with) = ("a target", "an SAE that reconstructs its input");
+                return Err(TrainError::Conflict { option, with });
+            }
+        };
+        begin(config, activations, target, device)
+    }
+}
+
+fn begin(
     config: &TrainConfig,
     activations: &ActivationMatrix,
     target: &ActivationMatrix,
@@ -143,7 +177,7 @@ fn geometric_median(rows: &[&[f32]]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::{Gated, GatedAuxiliary, MatchingPursuit, Objective, Sparsity, Transcoder};
+    use crate::train::{Gated, GatedAuxiliary, MatchingPursuit, Objective, Sparsity};
 
     fn top_k() -> TrainConfig {
         TrainConfig::new(6, Objective::top_k(2))
@@ -157,7 +191,8 @@ mod tests {
             ActivationMatrix::new(&values, 3).expect("whole rows"),
         );
         let names = |config: TrainConfig, target| {
-            let state = transcoding_state(&config, &narrow, target, &Device::flex());
+            let target = config.transcoder.and(Some(target));
+            let state = TrainState::initial(&config, &narrow, target, &Device::flex());
             let parameters = state.expect("valid").parameters;
             let shapes = parameters.named().map(|(name, tensor)| (name.as_str(), tensor.dims()));
             shapes.collect::<Vec<_>>()
@@ -180,6 +215,12 @@ mod tests {
         assert_eq!(names(with(pursuit), &narrow), shared[2..]);
         let transcoder = Some(Transcoder { d_out: 3, skip: true });
         let shapes = names(top_k().with_transcoder(transcoder), &wide);
+        let initial = |target| {
+            let config = top_k().with_transcoder(transcoder);
+            TrainState::initial(&config, &narrow, target, &Device::flex()).unwrap_err()
+        };
+        assert!(matches!(initial(None), TrainError::Conflict { option: "transcoder", .. }));
+        assert_eq!(initial(Some(&narrow)), TrainError::Width { expected: 3, actual: 2 });
         assert_eq!(shapes[2..], [("w_dec", [6, 3]), ("b_dec", [1, 3]), ("w_skip", [3, 2])]);
     }
 

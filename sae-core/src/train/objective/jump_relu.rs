@@ -5,7 +5,7 @@ use kernels::Select;
 use serde::{Deserialize, Serialize};
 
 use super::aux_k::latents as latents_tensor;
-use super::pass::{Entries, Pass, number};
+use super::pass::{Entries, Pass, globally, number};
 use super::{Term, check, not_negative, positive};
 use crate::train::error::TrainError;
 use crate::train::parameters::ParameterName;
@@ -235,8 +235,8 @@ impl JumpRelu {
         let among = latents_tensor(dead, &norms.clone().unsqueeze());
         let shift = threshold.clone().select(0, among.clone());
         // θ − p where it is above zero.
-        let gaps =
-            pass.encode_among(&among, -1.0, shift.clone(), shift.zeros_like(), Select::Above);
+        let zeros = shift.zeros_like();
+        let gaps = globally(&among, pass.encode_among(&among, -1.0, shift, zeros, Select::Above));
         let scale = coefficient / pass.n as f64;
         let weights = gaps.gather(norms);
         let value = number((gaps.values.clone() * weights.clone()).sum());

@@ -187,16 +187,16 @@ impl Objective {
         }
     }
 
-    /// What a step without a usable gradient must not leave behind: a threshold below zero would
-    /// let negative pre-activations through.
+    /// Brings back what a step may have moved out of its range: a threshold below zero would let
+    /// negative pre-activations through. (Between steps, not in the loss, where it would take away
+    /// the gradient that leads back.)
     pub(super) fn project(&self, parameters: &mut Parameters) {
         if let Some(threshold) = parameters.get_mut(ParameterName::Threshold) {
             *threshold = threshold.extract().clamp_min(0.0);
         }
     }
 
-    /// The activation of the SAE that is trained, and whether it keeps its latents by a threshold
-    /// that training only watched.
+    /// The activation of the SAE that comes of it. A selection over the batch ends as a threshold.
     pub fn activation(&self) -> Activation {
         match &self.kind {
             Kind::Standard(_) => Activation::Relu,

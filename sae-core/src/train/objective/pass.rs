@@ -1,6 +1,6 @@
 //! What all kinds with an encoder share: entries, reconstructions, and the sums of gradients.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::{Select, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows, sparse_sum};
 
 use super::{Batch, ErrorMeasure, Objective, Term};
@@ -42,6 +42,14 @@ pub(super) fn where_positive(tensor: Tensor<2>, values: Tensor<2>) -> Tensor<2> 
     tensor.mask_fill(values.lower_equal_elem(0.0), 0.0)
 }
 
+/// Entries of some latents, as entries of all.
+pub(super) fn globally(latents: &Tensor<1, Int>, among: Entries) -> Entries {
+    let Entries { indices, values } = among;
+    let [n, k] = indices.dims();
+    let indices = latents.clone().select(0, indices.reshape([n * k])).reshape([n, k]);
+    Entries { indices, values }
+}
+
 /// `‖rowᵢ‖²`, `[n]`.
 pub(super) fn row_squares(rows: &Tensor<2>) -> Tensor<1> {
     let [n, _] = rows.dims();
@@ -71,7 +79,17 @@ pub(super) struct Pass<'a> {
     error_scale: f64,
     terms: Vec<(Term, f64)>,
     projections: Vec<Entries>,
+    blocks: Vec<Block>,
     gradient: Parameters,
+}
+
+/// The encoder's share of the gradient at all entries of some latents.
+struct Block {
+    latents: Tensor<1, Int>,
+    /// `[latents, d_in]`
+    rows: Tensor<2>,
+    /// `[1, latents]`
+    sum: Tensor<2>,
 }
 
 impl<'a> Pass<'a> {
@@ -117,6 +135,7 @@ impl<'a> Pass<'a> {
             error_scale,
             terms: Vec::new(),
             projections: Vec::new(),
+            blocks: Vec::new(),
             gradient: Parameters::default(),
         }
     }
@@ -127,7 +146,7 @@ impl<'a> Pass<'a> {
         self.norms.get_or_insert_with(|| row_norms(parameters.w_dec())).clone()
     }
 
-    /// What a squared error is multiplied by.
+    /// What a squared error counts.
     pub(super) fn error_scale(&self) -> f64 {
         self.error_scale
     }
@@ -143,7 +162,8 @@ impl<'a> Pass<'a> {
         Entries { indices, values }
     }
 
-    /// Some pre-activations of some latents alone, or those multiplied by −1.
+    /// Some pre-activations of some latents alone, or those multiplied by −1. Indices are places
+    /// among these latents; [`globally`] makes latents of them.
     pub(super) fn encode_among(
         &self,
         latents: &Tensor<1, Int>,
@@ -158,10 +178,8 @@ impl<'a> Pass<'a> {
             true => (w_enc, b_enc),
             false => (w_enc.mul_scalar(sign), b_enc.mul_scalar(sign)),
         };
-        let (values, within) =
+        let (values, indices) =
             sparse_encode(self.x.clone(), w_enc.transpose(), b_enc + shift, by, select);
-        let [n, k] = within.dims();
-        let indices = latents.clone().select(0, within.reshape([n * k])).reshape([n, k]);
         Entries { indices, values }
     }
 
@@ -234,6 +252,23 @@ impl<'a> Pass<'a> {
         self.gradient.add(name, gradient);
     }
 
+    /// The same for all entries of some latents, `[n, latents]`.
+    pub(super) fn block_gradient(&mut self, latents: &Tensor<1, Int>, gradient: Tensor<2>) {
+        self.blocks.push(Block {
+            latents: latents.clone(),
+            rows: gradient.clone().transpose().matmul(self.x.clone()),
+            sum: gradient.sum_dim(0),
+        });
+    }
+
+    /// Adds to the gradients of some rows of the decoder.
+    pub(super) fn decoder_rows_gradient(&mut self, latents: &Tensor<1, Int>, rows: Tensor<2>) {
+        let sum = self.gradient.take(ParameterName::WDec);
+        let sum = sum.unwrap_or_else(|| self.parameters.w_dec().zeros_like());
+        let sum = sum.select_assign(0, latents.clone(), rows, IndexingUpdateOp::Add);
+        self.gradient.insert(ParameterName::WDec, sum);
+    }
+
     /// Adds to the gradient of a vector.
     pub(super) fn vector_gradient(&mut self, name: ParameterName, gradient: Tensor<1>) {
         self.gradient.add(name, gradient.unsqueeze());
@@ -252,7 +287,9 @@ impl<'a> Pass<'a> {
 
     /// The terms, and the gradient with the encoder's share, zero where nothing had one.
     pub(super) fn finish(self) -> (Vec<(Term, f64)>, Parameters) {
-        let Self { parameters, d_sae, x, is_centred, terms, projections, mut gradient, .. } = self;
+        let Self {
+            parameters, d_sae, x, is_centred, terms, projections, blocks, mut gradient, ..
+        } = self;
         let (indices, values): (Vec<_>, Vec<_>) =
             projections.into_iter().map(|entries| (entries.indices, entries.values)).unzip();
         // One product for all of them: they have the input in common.
@@ -260,14 +297,18 @@ impl<'a> Pass<'a> {
             1 => (indices[0].clone(), values[0].clone()),
             _ => (Tensor::cat(indices, 1), Tensor::cat(values, 1)),
         };
-        let sum = sparse_sum(indices.clone(), values.clone(), d_sae).unsqueeze();
-        let w_enc = sparse_grad_rows(indices, values, x, d_sae);
+        let mut sum: Tensor<2> = sparse_sum(indices.clone(), values.clone(), d_sae).unsqueeze();
+        let mut by_w_enc = sparse_grad_rows(indices, values, x, d_sae);
+        for Block { latents, rows, sum: of_block } in blocks {
+            by_w_enc = by_w_enc.select_assign(0, latents.clone(), rows, IndexingUpdateOp::Add);
+            sum = sum.select_assign(1, latents, of_block, IndexingUpdateOp::Add);
+        }
         if is_centred {
             // Through the input of the encoder: the same for all rows but for a sum.
             let w_enc = parameters.matrix(ParameterName::WEnc);
             gradient.add(ParameterName::BDec, sum.clone().matmul(w_enc).neg());
         }
-        gradient.add(ParameterName::WEnc, w_enc);
+        gradient.add(ParameterName::WEnc, by_w_enc);
         if gradient.get(ParameterName::BEnc).is_none() {
             gradient.insert(ParameterName::BEnc, sum);
         }
