@@ -12,6 +12,7 @@
 //! | train one | [`train::Trainer`] |
 //! | train several on one stream, and survive a crash | [`train::Fit`] |
 //! | keep activations on disk | [`store`] |
+//! | choose its kind and its loss | [`train::Objective`] |
 //! | measure one | [`metrics`] |
 //! | put one into a forward pass | [`splice::Splice`] |
 
@@ -19,7 +20,6 @@ pub mod activation;
 pub mod config;
 pub mod format;
 pub mod latents;
-pub mod loss;
 pub mod metrics;
 pub mod normalization;
 pub mod sae;

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::{FitError, Member};
 use crate::metrics::Reconstruction;
-use crate::source::{ActivationSource, Position, Rows, column_idx};
+use crate::source::{ActivationSource, Position, Rows};
 
 /// How good an SAE is after some steps.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -48,13 +48,13 @@ impl<'a> HeldOut<'a> {
         let columns = self.source.columns().to_vec();
         let mut parts = Vec::new();
         for member in members {
-            let column = column_idx(&columns, &member.run.column)?;
+            let columns = member.run.columns(&*self.source)?;
             let sae = member.trainer.sae();
             let metrics = Reconstruction::new(sae.config().d_sae);
-            parts.push((column, sae, metrics));
+            parts.push((columns, sae, metrics));
         }
         let batch = members[0].run.config.batch;
-        let device = members[0].trainer.state().parameters.w_dec.device();
+        let device = members[0].trainer.state().parameters.w_dec().device();
         let mut rows = Rows::empty(&columns);
         let mut n_left = n_rows;
         while n_left > 0 {
@@ -64,11 +64,16 @@ impl<'a> HeldOut<'a> {
                 break;
             }
             n_left -= n;
-            for (column, sae, metrics) in &mut parts {
-                let data = TensorData::new(rows.column(*column).to_vec(), [n, rows.width(*column)]);
-                let x = Tensor::from_data(data, &device);
-                let (latents, reconstruction) = sae.run(x.clone());
-                metrics.update(x, reconstruction, &latents);
+            for (columns, sae, metrics) in &mut parts {
+                let tensor = |column: usize| {
+                    let values = rows.column(column).to_vec();
+                    let data = TensorData::new(values, [n, rows.width(column)]);
+                    Tensor::<2>::from_data(data, &device)
+                };
+                let x = tensor(columns.read);
+                let target = columns.reconstructed.map_or_else(|| x.clone(), tensor);
+                let (latents, reconstruction) = sae.run(x);
+                metrics.update(target, reconstruction, &latents);
             }
         }
         let evaluations = parts.iter().zip(members).enumerate();
