@@ -8,8 +8,8 @@ use burn::tensor::{Device, Distribution, Tensor};
 use kernels::top_k;
 use sae_core::train::{
     ActivationMatrix, AuxK, AuxKRule, Gated, GatedAuxiliary, JumpRelu, Kind, Objective,
-    ParameterName, Selecting, Selection, Sparsity, SparsityNorm, Standard, StepOutcome,
-    TrainConfig, TrainState,
+    ParameterName, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome, TrainConfig,
+    TrainState,
 };
 use serde::Serialize;
 
@@ -142,10 +142,13 @@ fn objective(kind: KindName, k: usize, aux: bool) -> Objective {
         weighted_by_decoder_norms: true,
     };
     let aux_k = aux.then_some(AuxK { coefficient: 1.0, k: None, rule: AuxKRule::SaeLens });
-    let selecting = |selection| Kind::Selecting(Selecting { aux_k, ..Selecting::new(selection) });
+    let selecting = |objective: Objective| match objective.kind {
+        Kind::Selecting(selecting) => Kind::Selecting(Selecting { aux_k, ..selecting }),
+        kind => kind,
+    };
     Objective::new(match kind {
-        KindName::Topk => selecting(Selection::TopK { k }),
-        KindName::Batchtopk => selecting(Selection::BatchTopK { k: k as f64 }),
+        KindName::Topk => selecting(Objective::top_k(k)),
+        KindName::Batchtopk => selecting(Objective::batch_top_k(k as f64)),
         KindName::Jumprelu => Kind::JumpRelu(JumpRelu::new(1e-3)),
         KindName::Gated => {
             Kind::Gated(Gated { sparsity, auxiliary: GatedAuxiliary::DetachedDecoder })
