@@ -12,11 +12,12 @@
 //! | train one | [`train::Trainer`] |
 //! | train several on one stream, and survive a crash | [`train::Fit`] |
 //! | keep activations on disk | [`store`] |
-//! | measure one | [`metrics`] |
+//! | measure one | [`metrics`], and in its model [`evaluate`] |
 //! | put one into a forward pass | [`splice::Splice`] |
 
 pub mod activation;
 pub mod config;
+pub mod evaluate;
 pub mod format;
 pub mod latents;
 pub mod loss;
