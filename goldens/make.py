@@ -1,7 +1,7 @@
 """Makes reference files for the golden tests with the libraries that they are compared to.
 
     python make.py --out DIR models
-    python make.py --out DIR sae_lens sae_lens_train
+    python make.py --out DIR sae_lens sae_lens_train sparsify dictionary_learning
     python make.py --out DIR --gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
 Each kind writes DIR/KIND/CASE/; `GOLDENS=$(realpath DIR) cargo test --workspace golden` puts them
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+import make_training
 
 
 def write_json(path, value):
@@ -749,6 +751,8 @@ KINDS = {
     "sae_lens_train": sae_lens_train,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
+    "sparsify_train": make_training.sparsify,
+    "dictionary_learning_train": make_training.dictionary_learning,
 }
 
 

@@ -10,8 +10,8 @@
 
 use burn::tensor::{Device, Distribution, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput};
-use kernels::AdamConfig;
-use sae_core::train::{Parameters, TrainState};
+use sae_core::SaeWeights;
+use sae_core::train::{Objective, Optimizer, Parameters, TrainConfig, TrainState};
 
 const BATCH: usize = 4096;
 const D_IN: usize = 576;
@@ -25,11 +25,9 @@ fn main() {
     for d_sae in [4608, 18432] {
         let x = noise([BATCH, D_IN], 1.0, &device);
         let mut state = state(d_sae, &device);
+        let config = TrainConfig::new(d_sae, Objective::top_k(K)).with_clip_norm(Some(1.0));
         group.bench_function(BenchmarkId::new("top_k", d_sae), |b| {
-            b.iter(|| {
-                let adam = AdamConfig::new(4e-4);
-                state.step(x.clone(), K, Some(1.0), adam).expect("a finite loss")
-            });
+            b.iter(|| state.step(x.clone(), &config, usize::MAX));
         });
     }
     group.finish();
@@ -43,11 +41,7 @@ fn noise<const D: usize>(shape: [usize; D], deviation: f64, device: &Device) -> 
 /// Before the first step: decoder rows of norm 0.1, about, and the encoder their transpose.
 fn state(d_sae: usize, device: &Device) -> TrainState {
     let rows = noise([d_sae, D_IN], 0.1 / (D_IN as f64).sqrt(), device);
-    let parameters = Parameters {
-        w_enc: rows.clone(),
-        b_enc: Tensor::zeros([d_sae], device),
-        w_dec: rows,
-        b_dec: Tensor::zeros([D_IN], device),
-    };
-    TrainState::new(parameters, 1.0)
+    let (b_enc, b_dec) = (Tensor::zeros([d_sae], device), Tensor::zeros([D_IN], device));
+    let weights = SaeWeights::new(rows.clone().transpose(), b_enc, rows, b_dec);
+    TrainState::new(Parameters::from_weights(weights), 1.0, &Optimizer::default())
 }

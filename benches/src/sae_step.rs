@@ -3,10 +3,14 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use burn::tensor::{Device, Distribution, Tensor};
-use kernels::AdamConfig;
-use sae_core::train::{Parameters, TrainState};
+use kernels::top_k;
+use sae_core::train::{
+    ActivationMatrix, AuxK, AuxKRule, Gated, GatedAuxiliary, JumpRelu, Kind, Objective,
+    ParameterName, Selecting, Selection, Sparsity, SparsityNorm, Standard, StepOutcome,
+    TrainConfig, TrainState,
+};
 use serde::Serialize;
 
 use crate::limits::read_bandwidth;
@@ -23,20 +27,41 @@ pub(crate) struct Options {
     /// Activations per step.
     #[arg(long, default_value_t = 4096)]
     batch: usize,
-    /// Latents kept per activation.
+    /// The kind of SAE.
+    #[arg(long, value_enum, default_value_t = KindName::Topk)]
+    kind: KindName,
+    /// Latents per activation: kept, or where nothing is selected, above the biases or thresholds
+    /// that the run starts with.
     #[arg(long, default_value_t = 32)]
     k: usize,
+    /// Share of latents that are dead; they get the gradient of AuxK.
+    #[arg(long, default_value_t = 0.0)]
+    dead: f64,
     /// Steps measured, after three to warm up.
     #[arg(long, default_value_t = 15)]
     steps: usize,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum KindName {
+    Topk,
+    Batchtopk,
+    Jumprelu,
+    Gated,
+    Standard,
+}
+
 #[derive(Serialize)]
 struct Line {
-    kind: &'static str,
+    kind: KindName,
     d_in: usize,
     d_sae: usize,
     batch: usize,
+    /// Latents per activation, as they came out at the end.
+    l0: f64,
+    /// Share of latents that were dead.
+    dead: f64,
     tokens_per_s: f64,
     /// Median.
     step_s: f64,
@@ -50,7 +75,7 @@ struct Line {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let &Options { d_in, d_sae, batch, k, steps } = options;
+    let &Options { d_in, d_sae, batch, kind, k, dead, steps } = options;
     let device = Device::flex();
     let read_gb_s = read_bandwidth() / 1e9;
     examples::allocator::keep_pages();
@@ -66,22 +91,24 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         start.elapsed().as_secs_f64()
     };
-    let rows = noise([d_sae, d_in]) * (0.1 / (d_in as f64).sqrt());
-    let parameters = Parameters {
-        w_enc: rows.clone() + 0.0,
-        b_enc: Tensor::zeros([d_sae], &device),
-        w_dec: rows + 0.0,
-        b_dec: Tensor::zeros([d_in], &device),
-    };
-    let mut state = TrainState::new(parameters, 1.0);
+    let config = TrainConfig::new(d_sae, objective(kind, k, dead > 0.0))
+        .with_batch(batch)
+        .with_clip_norm(Some(1.0))
+        .with_dead_after(1);
+    let values: Vec<f32> = x.to_data().try_to_vec().expect("f32");
+    let matrix = ActivationMatrix::new(&values, d_in)?;
+    let mut state = TrainState::initial(&config, &matrix, None, &device)?;
+    quieten(&mut state, &x, k, (dead * d_sae as f64) as usize);
     reset_peak();
-    let (mut times, mut products, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut times, mut products, mut ratios, mut l0) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
     for step in 0..steps + 3 {
         // Turn about, so that a change of the machine's pace hits both alike.
         let encoder = product(512).min(product(batch));
         let start = Instant::now();
-        state.step(x.clone(), k, Some(1.0), AdamConfig::new(1e-4))?;
+        let outcome = state.step(x.clone(), &config, steps + 3);
         let time = start.elapsed().as_secs_f64();
+        let StepOutcome::Taken(report) = outcome else { bail!("the loss is not finite") };
+        l0 = report.l0;
         if step >= 3 {
             times.push(time);
             products.push(encoder);
@@ -90,10 +117,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     let (step_s, encoder_gemm_s) = (median_of(times), median_of(products));
     let line = Line {
-        kind: "topk",
+        kind,
         d_in,
         d_sae,
         batch,
+        l0,
+        dead,
         tokens_per_s: batch as f64 / step_s,
         step_s,
         encoder_gemm_s,
@@ -104,6 +133,41 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     println!("{}", serde_json::to_string(&line)?);
     Ok(())
+}
+
+fn objective(kind: KindName, k: usize, aux: bool) -> Objective {
+    let sparsity = Sparsity {
+        coefficient: 1e-3,
+        norm: SparsityNorm::Lp { p: 1.0 },
+        weighted_by_decoder_norms: true,
+    };
+    let aux_k = aux.then_some(AuxK { coefficient: 1.0, k: None, rule: AuxKRule::SaeLens });
+    let selecting = |selection| Kind::Selecting(Selecting { aux_k, ..Selecting::new(selection) });
+    Objective::new(match kind {
+        KindName::Topk => selecting(Selection::TopK { k }),
+        KindName::Batchtopk => selecting(Selection::BatchTopK { k: k as f64 }),
+        KindName::Jumprelu => Kind::JumpRelu(JumpRelu::new(1e-3)),
+        KindName::Gated => {
+            Kind::Gated(Gated { sparsity, auxiliary: GatedAuxiliary::DetachedDecoder })
+        }
+        KindName::Standard => Kind::Standard(Standard { sparsity }),
+    })
+}
+
+/// Sets the encoder's biases so that `k` latents are on, on average, and some never.
+fn quieten(state: &mut TrainState, x: &Tensor<2>, k: usize, n_dead: usize) {
+    const SAMPLE: usize = 64;
+    let parameters = &mut state.parameters;
+    let d_sae = parameters.d_sae();
+    let w_enc = parameters.get(ParameterName::WEnc).expect("an encoder").clone();
+    let centre = parameters.get(ParameterName::BDec).expect("a decoder").clone();
+    let sample = x.clone().narrow(0, 0, SAMPLE) - centre;
+    let pre = sample.matmul(w_enc.transpose()).reshape([1, SAMPLE * d_sae]);
+    let (largest, _) = top_k(pre, SAMPLE * k);
+    let bar: f32 = largest.narrow(1, SAMPLE * k - 1, 1).into_scalar();
+    let bias = Tensor::zeros([1, d_sae], &x.device()) - bar;
+    let dead = Tensor::zeros([1, n_dead], &x.device()) - 1e3;
+    parameters.insert(ParameterName::BEnc, bias.slice_assign([0..1, 0..n_dead], dead));
 }
 
 fn median_of(mut values: Vec<f64>) -> f64 {

@@ -26,7 +26,7 @@ use sae_core::source::{
     ActivationSource, Column, Mixing, MixingBuffer, Position, Rows, SourceError,
 };
 use sae_core::store::{LocalFolder, ReadOrder, StoreSource, StoreWriter};
-use sae_core::train::{Checkpoints, Event, Fit, FitConfig, Run, TrainConfig};
+use sae_core::train::{Checkpoints, Event, Fit, FitConfig, Objective, Run, TrainConfig};
 use serde::Serialize;
 
 const D_IN: usize = 32;
@@ -229,10 +229,10 @@ fn train(folder: &Path, save_every: usize) -> Result<()> {
     let mixed = MixingBuffer::new(stored, Mixing { capacity: 1000, share: 0.5, seed: 2 })?;
     let ids = RefCell::new(Vec::new());
     let mut source = Watched { source: mixed, ids: &ids };
-    let config = TrainConfig::new(256, 4).with_batch(BATCH).with_dead_after(2000);
+    let config = TrainConfig::new(256, Objective::top_k(4)).with_batch(BATCH).with_dead_after(2000);
     let runs = vec![
         Run::new("k4", "x", config.clone()),
-        Run::new("k8", "x", TrainConfig { k: 8, ..config }.with_seed(1)),
+        Run::new("k8", "x", TrainConfig { objective: Objective::top_k(8), ..config }.with_seed(1)),
     ];
     let fit_config = FitConfig::new().with_checkpoint_every(save_every);
     let checkpoints = Checkpoints::open(&folder.join("checkpoints"))?;

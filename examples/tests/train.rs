@@ -220,6 +220,59 @@ fn a_reward_model_is_measured_by_its_rewards() {
     assert_eq!(evaluation["saes"][0]["rewards"]["n_pairs"], 6);
 }
 
+/// Every kind, at a size that takes a moment.
+#[test]
+fn every_kind_can_be_trained() {
+    let objectives = json!([
+        {"top_k": {"k": 4, "aux_k": false}},
+        {"batch_top_k": {"k": 4}},
+        {"matryoshka": {"k": 4, "widths": [16, 48]}},
+        {"jump_relu": {"l0_coefficient": 0.1, "l0_target": 6}},
+        {"standard": {"l1_coefficient": 0.5}},
+        {"gated": {"l1_coefficient": 0.5}},
+    ]);
+    let project = project(|config| {
+        let kinds = objectives.as_array().unwrap().iter().enumerate();
+        let mut saes: Vec<Value> = kinds
+            .map(|(i, objective)| {
+                json!({"name": format!("kind{i}"), "hook_point": "blocks.1.hook_resid_post",
+                    "d_sae": 96, "objective": objective})
+            })
+            .collect();
+        saes.push(json!({
+            "name": "transcoder", "hook_point": "blocks.1.ln2.hook_normalized",
+            "target": "blocks.1.hook_mlp_out", "skip": true, "d_sae": 96,
+            "objective": {"batch_top_k": {"k": 4}},
+        }));
+        config["saes"] = json!(saes);
+        config["n_steps"] = json!(12);
+    });
+    let folder = project.path();
+    finished(&command(folder, "out").output().unwrap());
+    let evaluation = fs::read(folder.join("out/evaluation.json")).unwrap();
+    let evaluation: Value = serde_json::from_slice(&evaluation).unwrap();
+    let saes = evaluation["saes"].as_array().unwrap();
+    assert_eq!(saes.len(), 7);
+    for sae in saes {
+        let name = sae["name"].as_str().unwrap();
+        assert!(sae["next_tokens"]["ce_spliced"].as_f64().is_some_and(f64::is_finite), "{sae}");
+        saelens::read(&folder.join("out").join(name), &Device::flex()).unwrap();
+    }
+    assert_eq!(saes[6]["target_hook_point"], "blocks.1.hook_mlp_out");
+}
+
+#[test]
+fn the_examples_are_configs() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let mut n = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        examples::train::Plan::read(&path).unwrap_or_else(|error| panic!("{error:#}"));
+        n += 1;
+    }
+    assert!(n > 0);
+}
+
 /// The one line of an error, which must name these things.
 fn fails(folder: &Path, out: &str, named: &[&str]) {
     let output = command(folder, out).output().unwrap();
@@ -251,6 +304,9 @@ fn what_is_wrong_is_said_in_one_line_with_what_to_do() {
         |c| c["saes"][0]["hook_point"] = json!("blocks.9.hook_resid_post"),
         &["early", "blocks.9"],
     );
+    let target = |c: &mut Value| c["saes"][0]["target"] = json!("blocks.0.hook_mlp_out");
+    wrong(target, &["early", "TopK 4", "batch_top_k"]);
+    wrong(|c| c["saes"][0]["skip"] = json!(true), &["early", "skip", "target"]);
     wrong(|c| c["saes"][0]["hook_point"] = json!("resid"), &["early", "resid"]);
     wrong(|c| c["saes"][0]["name"] = json!("../x"), &["../x", "letters"]);
     wrong(|c| c["saes"][1]["name"] = json!("early"), &["early", "a name of its own"]);

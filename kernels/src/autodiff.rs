@@ -43,7 +43,7 @@ impl<B: Backend + KernelOps> Backward<B, 3> for SparseEncode {
         let grad = grads.consume::<B>(&ops.node);
         let (indices, values, x, w, select) = ops.state;
         let grad = match select {
-            Select::TopKMagnitude(_) => grad,
+            Select::TopKMagnitude(_) | Select::TopKSigned(_) => grad,
             // What is kept is above zero; zeros are cut off by the relu, or fill a row up.
             _ => B::relu_backward(values, grad),
         };

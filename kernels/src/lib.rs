@@ -12,7 +12,7 @@
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
 //! | [`rms_norm`], [`nonlinear`], [`gated`], [`rotary`] | fused |
 //! | [`attention`] | fused without a prefix and a soft cap, else through the plain default |
-//! | [`sparse_dot`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
+//! | [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
 //! | [`adam_step`] | none |
 
 mod autodiff;
@@ -53,15 +53,16 @@ pub fn top_k(x: Tensor<2>, k: usize) -> (Tensor<2>, Tensor<2, Int>) {
 /// `bias` through the kept entries; `by` gets none.
 ///
 /// Where rows keep different numbers of entries, `k` is the largest, at least 1, and the rows are
-/// filled up with entries of value zero. Within a row the entries of [`Select::TopK`] and
-/// [`Select::TopKMagnitude`] come largest first, ties by the lowest index; the others in any order
-/// that does not depend on the number of threads.
+/// filled up with entries of value zero. Within a row the entries of [`Select::TopK`],
+/// [`Select::TopKSigned`] and [`Select::TopKMagnitude`] come largest first, ties by the lowest
+/// index; the others in any order that does not depend on the number of threads.
 ///
 /// # Shapes
 /// `x`: `[n, d]`, `w`: `[d, m]`, `bias` and `by`: `[m]`; values and indices: `[n, k]`.
 ///
 /// # Panics
-/// If a shape does not fit, or a number to keep is zero or above the number of entries.
+/// If a shape does not fit, a number to keep is zero or above the number of entries, or groups
+/// would differ in size.
 pub fn sparse_encode(
     x: Tensor<2>,
     w: Tensor<2>,
@@ -74,11 +75,15 @@ pub fn sparse_encode(
     assert_eq!(bias.dims(), [m], "sparse_encode: bias does not fit w");
     assert_eq!(by.dims(), [m], "sparse_encode: by does not fit w");
     let (kept, there_are) = match select {
-        Select::TopK(k) | Select::TopKMagnitude(k) => (k, m),
+        Select::TopK(k) | Select::TopKSigned(k) | Select::TopKMagnitude(k) => (k, m),
+        Select::GroupMax(k) => (k, m),
         Select::BatchTopK(kept) => (kept, n * m),
         Select::Above => (1, m),
     };
     assert!(0 < kept && kept <= there_are, "sparse_encode: {select:?} of {there_are} entries");
+    if let Select::GroupMax(k) = select {
+        assert!(m.is_multiple_of(k), "sparse_encode: {m} entries make no {k} groups");
+    }
     let (values, indices) = Dispatch::sparse_encode(
         x.into_dispatch(),
         w.into_dispatch(),
@@ -120,6 +125,44 @@ pub fn sparse_dot(indices: Tensor<2, Int>, rows: Tensor<2>, x: Tensor<2>) -> Ten
         rows.into_dispatch(),
         x.into_dispatch(),
     ))
+}
+
+/// `out[l] = Σ values[i, j] · x[i]` over the entries with `indices[i, j] = l`: the gradient of
+/// [`sparse_decode`] for its rows, and of [`sparse_encode`] for its columns. Each row of the result
+/// has one owner, so the sums do not depend on the number of threads.
+///
+/// # Shapes
+/// `indices` and `values`: `[n, k]`, `x`: `[n, d]`; result: `[m, d]`.
+///
+/// # Panics
+/// If a shape does not fit, or (on CPU) an index is not below `m`.
+pub fn sparse_grad_rows(
+    indices: Tensor<2, Int>,
+    values: Tensor<2>,
+    x: Tensor<2>,
+    m: usize,
+) -> Tensor<2> {
+    assert_eq!(indices.dims(), values.dims(), "sparse_grad_rows: indices and values differ");
+    assert_eq!(indices.dims()[0], x.dims()[0], "sparse_grad_rows: x does not fit");
+    Tensor::from_dispatch(Dispatch::sparse_decode_grad_rows(
+        indices.into_dispatch(),
+        values.into_dispatch(),
+        x.into_dispatch(),
+        m,
+    ))
+}
+
+/// `out[l] = Σ values[i, j]` over the entries with `indices[i, j] = l`.
+///
+/// # Shapes
+/// `indices` and `values`: `[n, k]`; result: `[m]`.
+///
+/// # Panics
+/// If the shapes differ, or (on CPU) an index is not below `m`.
+pub fn sparse_sum(indices: Tensor<2, Int>, values: Tensor<2>, m: usize) -> Tensor<1> {
+    assert_eq!(indices.dims(), values.dims(), "sparse_sum: indices and values differ in shape");
+    let sum = Dispatch::sparse_sum(indices.into_dispatch(), values.into_dispatch(), m);
+    Tensor::from_dispatch(sum)
 }
 
 /// `x · w`: a product with fixed weights, which may be kept in bf16. The arithmetic is f32.

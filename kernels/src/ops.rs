@@ -21,12 +21,14 @@ pub struct AdamConfig {
     pub beta_2: f64,
     /// Added to the root of the second moment (PyTorch's place for it, and its 1e-8).
     pub epsilon: f64,
+    /// What the gradient is multiplied by first, to clip it.
+    pub gradient_scale: f64,
 }
 
 impl AdamConfig {
-    /// The usual constants: betas 0.9 and 0.999, epsilon 1e-8.
+    /// The usual constants: betas 0.9 and 0.999, epsilon 1e-8, the gradient as it is.
     pub fn new(learning_rate: f64) -> Self {
-        Self { learning_rate, beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8 }
+        Self { learning_rate, beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, gradient_scale: 1.0 }
     }
 }
 
@@ -79,10 +81,15 @@ impl AttentionConfig {
 pub enum Select {
     /// `relu(p)` at the so many largest of `p ⊙ by` in each row.
     TopK(usize),
+    /// `p`, of whatever sign, at the so many largest of `p ⊙ by` in each row.
+    TopKSigned(usize),
     /// `p` at the so many largest of `|p ⊙ by|` in each row.
     TopKMagnitude(usize),
     /// `p` at the so many largest of `p ⊙ by` in all rows together, as far as they are above zero.
     BatchTopK(usize),
+    /// `relu(p)` at the largest `p` in each of so many groups of neighbouring columns. `by` means
+    /// nothing.
+    GroupMax(usize),
     /// `p` where `p > max(by, 0)`.
     Above,
 }
@@ -392,7 +399,8 @@ pub trait KernelOps: Backend {
         step: usize,
         config: AdamConfig,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let AdamConfig { learning_rate, beta_1, beta_2, epsilon } = config;
+        let AdamConfig { learning_rate, beta_1, beta_2, epsilon, gradient_scale } = config;
+        let gradient = Self::float_mul_scalar(gradient, gradient_scale.into());
         let blend = |old, new, beta: f64| {
             Self::float_add(
                 Self::float_mul_scalar(old, beta.into()),

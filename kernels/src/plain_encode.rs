@@ -2,7 +2,7 @@
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{TensorMetadata, get_or_init_device_settings};
-use burn::tensor::{IndexingUpdateOp, Shape};
+use burn::tensor::{IndexingUpdateOp, Shape, TensorData};
 
 use crate::ops::{KernelOps, Select, dims};
 
@@ -20,6 +20,20 @@ pub(crate) fn plain_encode<B: KernelOps>(
     match select {
         Select::TopK(k) => {
             let (_, indices) = B::top_k(B::float_mul(pre.clone(), by), k);
+            (B::relu(B::float_gather(1, pre, indices.clone())), indices)
+        }
+        Select::TopKSigned(k) => {
+            let (_, indices) = B::top_k(B::float_mul(pre.clone(), by), k);
+            (B::float_gather(1, pre, indices.clone()), indices)
+        }
+        Select::GroupMax(k) => {
+            let [n, m] = dims(&pre);
+            let groups = B::float_reshape(pre.clone(), Shape::new([n * k, m / k]));
+            let (_, within) = B::top_k(groups, 1);
+            let firsts: Vec<i32> = (0..k).map(|group| (group * (m / k)) as i32).collect();
+            let firsts = B::int_from_data(TensorData::new(firsts, [1, k]), &pre.device());
+            let firsts = B::int_cast(firsts, within.dtype().into());
+            let indices = B::int_add(B::int_reshape(within, Shape::new([n, k])), firsts);
             (B::relu(B::float_gather(1, pre, indices.clone())), indices)
         }
         Select::TopKMagnitude(k) => {

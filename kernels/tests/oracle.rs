@@ -54,12 +54,19 @@ fn naive_selection(pre: &[f32], by: &[f32], [n, m]: [usize; 2], select: Select) 
     let ranked: Vec<f32> = pre.iter().enumerate().map(|(i, p)| p * by[i % m]).collect();
     let mut is_kept = vec![0.0; n * m];
     match select {
-        Select::TopK(k) | Select::TopKMagnitude(k) => {
+        Select::TopK(k) | Select::TopKSigned(k) | Select::TopKMagnitude(k) => {
             let magnitude = matches!(select, Select::TopKMagnitude(_));
             let measure = |x: &f32| if magnitude { x.abs() } else { *x };
             let columns = naive_top_k(&ranked.iter().map(measure).collect::<Vec<_>>(), m, k).1;
             for (at, column) in columns.into_iter().enumerate() {
                 is_kept[at / k * m + column as usize] = 1.0;
+            }
+        }
+        Select::GroupMax(k) => {
+            let size = m / k;
+            let columns = naive_top_k(pre, size, 1).1;
+            for (group, within) in columns.into_iter().enumerate() {
+                is_kept[group * size + within as usize] = 1.0;
             }
         }
         Select::BatchTopK(n_kept) => {
@@ -113,13 +120,15 @@ proptest! {
 
     #[test]
     fn sparse_encode_keeps_what_plain_tensors_keep(
-        (n, d, m) in (1..40usize, 1..20usize, 1..90usize), which in 0..4, kept in 1..9usize, seed: u64,
+        (n, d, m) in (1..40usize, 1..20usize, 1..90usize), which in 0..6, kept in 1..9usize, seed: u64,
     ) {
         let device = device().autodiff();
         let select = match which {
             0 => Select::TopK(kept.min(m)),
             1 => Select::TopKMagnitude(kept.min(m)),
             2 => Select::BatchTopK((kept * n).min(n * m)),
+            3 => Select::TopKSigned(kept.min(m)),
+            4 => Select::GroupMax((1..=kept.min(m)).rfind(|k| m % k == 0).expect("1 divides")),
             _ => Select::Above,
         };
         let leaf = |shape, salt| noise::<2>(shape, seed ^ salt, &device).require_grad();
@@ -133,7 +142,7 @@ proptest! {
         let is_kept = naive_selection(&floats(pre.clone()), &floats(by), [n, m], select);
         let is_kept = Tensor::<2>::from_data(TensorData::new(is_kept, [n, m]), &device);
         let plain = match select {
-            Select::TopK(_) => burn::tensor::activation::relu(pre),
+            Select::TopK(_) | Select::GroupMax(_) => burn::tensor::activation::relu(pre),
             _ => pre,
         } * is_kept;
         let dense = Tensor::<2>::zeros([n, m], &device).scatter(1, indices, values, burn::tensor::IndexingUpdateOp::Add);

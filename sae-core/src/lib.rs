@@ -12,6 +12,7 @@
 //! | train one | [`train::Trainer`] |
 //! | train several on one stream, and survive a crash | [`train::Fit`] |
 //! | keep activations on disk | [`store`] |
+//! | choose its kind and its loss | [`train::Objective`] |
 //! | measure one | [`metrics`], and in its model [`evaluate`] |
 //! | put one into a forward pass | [`splice::Splice`] |
 
@@ -20,7 +21,6 @@ pub mod config;
 pub mod evaluate;
 pub mod format;
 pub mod latents;
-pub mod loss;
 pub mod metrics;
 pub mod normalization;
 pub mod sae;

@@ -7,7 +7,7 @@ mod kinds;
 mod pursuit;
 
 use burn::tensor::{Int, Tensor};
-use kernels::sparse_decode;
+use kernels::{sparse_decode, sparse_dot};
 
 use crate::activation::Activation;
 use crate::config::{ConfigError, SaeConfig, SaeMetadata};
@@ -324,9 +324,17 @@ impl Sae {
     }
 }
 
+/// `‖rows[i]‖²`, `[n]`.
+pub(crate) fn row_squares(rows: &Tensor<2>) -> Tensor<1> {
+    let [n, _] = rows.dims();
+    // A product of each row with itself reads the matrix once and writes nothing of its size.
+    let itself = Tensor::<1, Int>::arange(0..n as i64, &rows.device()).unsqueeze_dim(1);
+    sparse_dot(itself, rows.clone(), rows.clone()).squeeze_dim(1)
+}
+
 /// `‖rows[i]‖`, at least [`LEAST_NORM`].
 pub(crate) fn row_norms(rows: Tensor<2>) -> Tensor<1> {
-    rows.square().sum_dim(1).sqrt().clamp_min(LEAST_NORM).squeeze_dim(1)
+    row_squares(&rows).sqrt().clamp_min(LEAST_NORM)
 }
 
 /// `scale[indices]`.

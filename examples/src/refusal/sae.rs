@@ -11,7 +11,7 @@ use model_hooks::{
 };
 use sae_core::format::saelens;
 use sae_core::metrics::{Reconstruction, ce_recovered};
-use sae_core::train::{ActivationMatrix, Schedule, TrainConfig, Trainer};
+use sae_core::train::{ActivationMatrix, Objective, Schedule, TrainConfig, Trainer};
 use sae_core::{ErrorTerm, Sae, Splice};
 use serde::{Deserialize, Serialize};
 use steering::{Intervention, Steering, SteeringError};
@@ -130,7 +130,8 @@ pub(super) fn trained_sae(
     scale: &Scale,
     options: &Options,
 ) -> Result<TrainedSae> {
-    let config = TrainConfig::new(scale.d_sae(loaded.model.config().d_model), scale.k)
+    let d_sae = scale.d_sae(loaded.model.config().d_model);
+    let config = TrainConfig::new(d_sae, Objective::top_k(scale.k))
         .with_batch(scale.training.batch)
         .with_n_passes(scale.training.n_passes)
         .with_clip_norm(Some(1.0))

@@ -17,7 +17,8 @@ use std::io::LineWriter;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
+use sae_core::format::saelens;
 use sae_core::source::ActivationSource;
 use sae_core::train::{
     CheckpointError, Checkpoints, Ended, Event, Fit, FitConfig, FitError, Run, Trainer,
@@ -73,7 +74,15 @@ pub fn run(options: &Options) -> Result<Outcome> {
     let mut source = match plan.stream.store {
         None => {
             let n_passes = plan.text.n_passes;
-            stream::mixed(stream::live(&harvest, &split.training, &chunking, n_passes), &plan)?
+            // The buffer may take a minute to be filled, and nothing can be saved meanwhile.
+            let mut is_told = false;
+            let tell_once = || {
+                if stop.is_asked() && !std::mem::replace(&mut is_told, true) {
+                    tell("Stopping behind this step; a second signal stops at once");
+                }
+            };
+            let live = stream::live(&harvest, &split.training, &chunking, n_passes, tell_once);
+            stream::mixed(live, &plan)?
         }
         Some(_) => {
             step("Filling the store");
@@ -105,7 +114,7 @@ pub fn run(options: &Options) -> Result<Outcome> {
     };
     let results = setting.measure(&saes)?;
     for (sae, plan) in saes.iter().zip(&plan.saes) {
-        sae_core::format::saelens::write(sae, &options.out.join(&plan.name))?;
+        saelens::write(sae, &options.out.join(&plan.name))?;
     }
     let curves = page::read_curves(&options.out.join(METRICS), &plan)?;
     let json = serde_json::to_string_pretty(&results)?;
@@ -127,14 +136,24 @@ const METRICS: &str = "metrics.jsonl";
 /// One run of `Fit` for each SAE.
 fn runs(plan: &Plan, harvest: &Harvest) -> Result<Vec<Run>> {
     let run = |sae: &SaePlan| {
-        let point = sae.point()?;
-        let width = harvest.width(point);
-        let config = sae.objective.train_config(sae, sae.d_sae(width));
-        let config = config.with_batch(plan.batch).with_seed(plan.seed);
+        let (point, target) = (sae.point()?, sae.target()?);
+        let (width, d_out) = (harvest.width(point), target.map(|target| harvest.width(target)));
+        let config = sae.train_config(width, d_out).with_batch(plan.batch).with_seed(plan.seed);
         config.validate(width).with_context(|| {
             format!("{}, on activations {width} wide, cannot be trained so", sae.name)
         })?;
-        Ok(Run::new(&sae.name, point.to_string(), config))
+        ensure!(
+            saelens::can_write(&config.sae(width)),
+            "{}: there is no file format for {} as it is here: a transcoder can be batch_top_k, \
+             matryoshka, jump_relu or standard",
+            sae.name,
+            sae.objective.label()
+        );
+        let run = Run::new(&sae.name, point.to_string(), config);
+        Ok(match target {
+            Some(target) => run.transcoding(target.to_string()),
+            None => run,
+        })
     };
     plan.saes.iter().map(run).collect()
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use model_hooks::HookPoint;
+use sae_core::train::{Schedule, TrainConfig, Transcoder};
 use serde::Deserialize;
 
 use super::objective::Objective;
@@ -73,6 +74,12 @@ pub struct SaePlan {
     pub name: String,
     /// The activation that it reads.
     pub hook_point: String,
+    /// The activation that a transcoder reconstructs in place of the one that it reads.
+    #[serde(default)]
+    pub target: Option<String>,
+    /// Whether a transcoder has a matrix past its latents.
+    #[serde(default)]
+    pub skip: bool,
     /// The kind of SAE, and what it minimises.
     pub objective: Objective,
     /// Number of latents; `expansion` times the width if not given.
@@ -90,6 +97,9 @@ pub struct SaePlan {
     /// The share of the steps over which it falls.
     #[serde(default = "default_decay")]
     pub decay: f64,
+    /// The share of the steps over which the weight of sparsity rises.
+    #[serde(default)]
+    pub sparsity_warmup: f64,
     /// Gradients of a larger norm are scaled down to this one.
     #[serde(default = "default_clip_norm")]
     pub clip_norm: Option<f64>,
@@ -264,7 +274,11 @@ impl Plan {
                 sae.d_sae.is_none() || sae.expansion.is_none(),
                 "{name}: d_sae and expansion say the same thing: leave one out"
             );
-            sae.point()?;
+            sae.points()?;
+            ensure!(
+                sae.target.is_some() || !sae.skip,
+                "{name}: skip is for transcoders: name what it is to reconstruct in target"
+            );
         }
         Ok(())
     }
@@ -280,12 +294,40 @@ impl SaePlan {
         point.with_context(|| format!("{}: hook_point {:?}", self.name, self.hook_point))
     }
 
+    /// The activation that a transcoder reconstructs.
+    ///
+    /// # Errors
+    /// If there is no such hook point.
+    pub fn target(&self) -> Result<Option<HookPoint>> {
+        let parse =
+            |name: &String| name.parse().with_context(|| format!("{}: target {name:?}", self.name));
+        self.target.as_ref().map(parse).transpose()
+    }
+
     /// All activations that it is trained on.
     ///
     /// # Errors
     /// If there is no such hook point.
     pub fn points(&self) -> Result<Vec<HookPoint>> {
-        Ok(vec![self.point()?])
+        Ok([Some(self.point()?), self.target()?].into_iter().flatten().collect())
+    }
+
+    /// How it is trained, on activations of this width, towards a target of another one.
+    pub fn train_config(&self, d_in: usize, d_out: Option<usize>) -> TrainConfig {
+        let d_sae = self.d_sae(d_in);
+        let mut objective = self.objective.of(d_sae);
+        // What b_dec is added to is no input of a transcoder's.
+        objective.apply_b_dec_to_input &= d_out.is_none();
+        let schedule = Schedule::new()
+            .with_learning_rate(self.learning_rate)
+            .with_warmup(self.warmup)
+            .with_decay(self.decay)
+            .with_sparsity_warmup(self.sparsity_warmup);
+        TrainConfig::new(d_sae, objective)
+            .with_transcoder(d_out.map(|d_out| Transcoder { d_out, skip: self.skip }))
+            .with_schedule(schedule)
+            .with_clip_norm(self.clip_norm)
+            .with_dead_after(self.dead_after)
     }
 
     /// Number of latents, on activations of this width.

@@ -70,7 +70,8 @@ impl Setting<'_> {
         let Self { plan, loaded, held_out, .. } = self;
         let subject = |(sae, plan): (_, &SaePlan)| -> Result<Subject> {
             let from_position = self.plan.stream.skip_positions;
-            Ok(Subject { from_position, ..Subject::new(sae, plan.point()?) })
+            let target = plan.target()?;
+            Ok(Subject { from_position, target, ..Subject::new(sae, plan.point()?) })
         };
         let subjects: Vec<Subject> =
             saes.iter().zip(&plan.saes).map(subject).collect::<Result<_>>()?;

@@ -1,7 +1,7 @@
 //! Stopping politely.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -20,6 +20,10 @@ impl Stop {
                 .context("cannot handle signals")?;
         }
         Ok(Self(stop))
+    }
+
+    pub(super) fn is_asked(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
     }
 
     pub(super) fn flag(&self) -> &AtomicBool {

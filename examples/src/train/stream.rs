@@ -142,12 +142,14 @@ impl Chunking {
     }
 }
 
-/// The activations of the text, made when they are asked for.
+/// The activations of the text, made when they are asked for. `before_each` is called before every
+/// chunk.
 pub(super) fn live<'a>(
     harvest: &'a Harvest,
     pieces: &'a Pieces,
     chunking: &'a Chunking,
     n_passes: u64,
+    mut before_each: impl FnMut() + 'a,
 ) -> impl ActivationSource + 'a {
     let fingerprint = format!("{} of {}, {n_passes} times", harvest.fingerprint(), pieces.hash());
     let n_chunks = chunking.pieces.len() as u64;
@@ -155,6 +157,7 @@ pub(super) fn live<'a>(
         if chunk >= n_chunks * n_passes {
             return Ok(None);
         }
+        before_each();
         let texts = pieces.range(chunking.pieces[(chunk % n_chunks) as usize].clone());
         harvest.rows(&texts).map(Some)
     };
@@ -228,7 +231,7 @@ fn fill(
     chunking: &Chunking,
     stop: &AtomicBool,
 ) -> Result<bool> {
-    let mut live = live(harvest, pieces, chunking, 1);
+    let mut live = live(harvest, pieces, chunking, 1, || ());
     let n_rows = chunking.rows_per_pass();
     live.seek(&chunking.position(writer.n_rows()))?;
     let bar = bar("filling the store", n_rows);

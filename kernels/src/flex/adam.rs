@@ -39,6 +39,7 @@ struct Constants {
     rate: f32,
     root_scale: f32,
     epsilon: f32,
+    gradient_scale: f32,
 }
 
 impl Constants {
@@ -50,6 +51,7 @@ impl Constants {
             rate: (config.learning_rate / correction_1) as f32,
             root_scale: (1.0 / correction_2.sqrt()) as f32,
             epsilon: config.epsilon as f32,
+            gradient_scale: config.gradient_scale as f32,
         }
     }
 }
@@ -62,9 +64,10 @@ multiversion! {
         second: &mut [f32],
         constants: Constants,
     ) {
-        let Constants { beta_1, beta_2, rate, root_scale, epsilon } = constants;
+        let Constants { beta_1, beta_2, rate, root_scale, epsilon, gradient_scale } = constants;
         let moments = first.iter_mut().zip(second.iter_mut());
         for ((parameter, &g), (first, second)) in parameter.iter_mut().zip(gradient).zip(moments) {
+            let g = g * gradient_scale;
             *first = beta_1 * *first + (1.0 - beta_1) * g;
             *second = beta_2 * *second + (1.0 - beta_2) * g * g;
             *parameter -= rate * *first / (second.sqrt() * root_scale + epsilon);

@@ -26,13 +26,24 @@ pub(super) fn sparse_encode(
     let (bias, by) = (packed(bias), packed(by));
     let (bias, by) = (floats(&bias), floats(&by));
     match select {
-        Select::TopK(k) => {
+        Select::TopK(k) | Select::TopKSigned(k) => {
             let mut picked = Picked::new(n, k);
             for_each_tile(x, w, |tile, m| {
                 picked.scan(tile, m, |row, room| pick_values(row, bias, by, k, room));
             });
-            picked.rectify();
+            if matches!(select, Select::TopK(_)) {
+                picked.rectify();
+            }
             picked.into_tensors(n, k)
+        }
+        Select::GroupMax(k) => {
+            let mut picked = Vec::with_capacity(n * k);
+            for_each_tile(x, w, |tile, m| {
+                let rows = tile.par_chunks(m);
+                picked.par_extend(rows.flat_map_iter(|row| group_maxima(row, bias, m / k)));
+            });
+            let (values, columns) = picked.into_iter().unzip();
+            (new_floats(values, [n, k]), new_ints(columns, [n, k]))
         }
         Select::TopKMagnitude(k) => {
             let mut picked = Picked::new(n, k);
@@ -109,6 +120,24 @@ fn batch_top_k(x: Float, w: Float, bias: &[f32], by: &[f32], n_kept: usize) -> (
         rows[contender.row as usize].push((contender.column, contender.value));
     }
     filled_up(&rows)
+}
+
+/// The largest entry of each group, zero where it is below, with its column.
+fn group_maxima<'a>(
+    row: &'a [f32],
+    bias: &'a [f32],
+    size: usize,
+) -> impl Iterator<Item = (f32, i32)> + 'a {
+    let groups = row.chunks(size).zip(bias.chunks(size)).enumerate();
+    groups.map(move |(group, (row, bias))| {
+        let (mut best, mut within) = (f32::NEG_INFINITY, 0);
+        for (at, (x, bias)) in row.iter().zip(bias).enumerate() {
+            if x + bias > best {
+                (best, within) = (x + bias, at);
+            }
+        }
+        (best.max(0.0), (group * size + within) as i32)
+    })
 }
 
 /// Columns and values of every row, with zeros behind those of the shorter rows.

@@ -19,7 +19,7 @@ impl Ablation {
     /// # Shapes
     /// `row`: `[1, width]`.
     pub(super) fn new(subject: &Subject, row: Tensor<2>) -> Self {
-        let rows = RowEdit::new(subject.point, row.dims()[1], subject.from_position);
+        let rows = RowEdit::new(subject.replaced(), row.dims()[1], subject.from_position);
         Self { row, rows }
     }
 }

@@ -11,12 +11,14 @@
 mod ablation;
 mod next_tokens;
 mod rewards;
+mod spliced;
 
 pub use next_tokens::{NextTokens, PositionRange, language_model};
 pub use rewards::{Preference, Rewards, reward_model};
 
 use std::ops::ControlFlow;
 
+use self::spliced::{Spliced, Transcoding};
 use burn::tensor::{Int, Tensor, TensorData};
 use model_hooks::{
     ForwardError, HarvestConfig, Harvested, HookPoint, LanguageModel, SharedPrefix, TokenError,
@@ -32,8 +34,10 @@ use crate::splice::{ErrorTerm, Splice};
 pub struct Subject<'a> {
     /// The SAE.
     pub sae: &'a Sae,
-    /// The activation that it reconstructs.
+    /// The activation that it reads.
     pub point: HookPoint,
+    /// The activation that a transcoder reconstructs; of others, it is the one that they read.
+    pub target: Option<HookPoint>,
     /// Positions before this one are left alone, by ablations too.
     pub from_position: usize,
     /// What a splice does with the error: [`Drop`](ErrorTerm::Drop), if the SAE is to be measured.
@@ -44,11 +48,27 @@ impl<'a> Subject<'a> {
     /// An SAE at this point, from the position on that its file says, or else from 0.
     pub fn new(sae: &'a Sae, point: HookPoint) -> Self {
         let from_position = sae.config().metadata.first_position().unwrap_or(0);
-        Self { sae, point, from_position, error_term: ErrorTerm::Drop }
+        Self { sae, point, target: None, from_position, error_term: ErrorTerm::Drop }
     }
 
-    fn splice(&self) -> Splice<'a> {
-        Splice::new(self.sae, self.point, self.error_term).from_position(self.from_position)
+    /// A transcoder between these points.
+    pub fn transcoder(sae: &'a Sae, point: HookPoint, target: HookPoint) -> Self {
+        Self { target: Some(target), ..Self::new(sae, point) }
+    }
+
+    /// The activation that is replaced.
+    fn replaced(&self) -> HookPoint {
+        self.target.unwrap_or(self.point)
+    }
+
+    fn splice(&self) -> Spliced<'a> {
+        let Self { sae, point, target, from_position, error_term } = *self;
+        match target {
+            None => Spliced::Sae(Splice::new(sae, point, error_term).from_position(from_position)),
+            Some(target) => {
+                Spliced::Transcoder(Transcoding::new(sae, point, target, from_position, error_term))
+            }
+        }
     }
 }
 
@@ -56,8 +76,11 @@ impl<'a> Subject<'a> {
 /// written as `null`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Evaluation {
-    /// Where it stands.
+    /// What it reads.
     pub hook_point: String,
+    /// What a transcoder reconstructs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_hook_point: Option<String>,
     /// Positions before this one were left alone.
     pub from_position: usize,
     /// On activations.
@@ -136,11 +159,16 @@ pub enum EvaluateError {
     /// A pass failed.
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    /// A transcoder writes another activation than it reads.
-    #[error("a transcoder cannot be spliced in at {point}: it does not stand for its input")]
-    Transcoder {
-        /// Where it was to be.
+    /// A transcoder writes another activation than it reads, and that was not said; or it was said
+    /// of an autoencoder.
+    #[error("the SAE at {point} is {actual}, expected {expected}")]
+    Target {
+        /// Where it reads.
         point: HookPoint,
+        /// What the target says.
+        expected: &'static str,
+        /// What it is.
+        actual: &'static str,
     },
     /// The activation has another width than the SAE.
     #[error("the activation at {point} is {actual} wide, the SAE {expected}")]
@@ -179,13 +207,19 @@ fn reconstructions(
     texts: &[impl AsRef<[u32]>],
     batch_tokens: usize,
 ) -> Result<Vec<Reconstruction>, EvaluateError> {
-    if let Some(subject) = subjects.iter().find(|s| s.sae.config().transcodes_to.is_some()) {
-        return Err(EvaluateError::Transcoder { point: subject.point });
-    }
     let mut points: Vec<HookPoint> = Vec::new();
     for subject in subjects {
-        if !points.contains(&subject.point) {
-            points.push(subject.point);
+        let is_transcoder = subject.sae.config().transcodes_to.is_some();
+        if is_transcoder != subject.target.is_some() {
+            let kinds = ["an autoencoder", "a transcoder"];
+            let [expected, actual] =
+                [subject.target.is_some(), is_transcoder].map(|kind| kinds[usize::from(kind)]);
+            return Err(EvaluateError::Target { point: subject.point, expected, actual });
+        }
+        for point in [subject.point, subject.replaced()] {
+            if !points.contains(&point) {
+                points.push(point);
+            }
         }
     }
     let Some(skip_positions) = subjects.iter().map(|subject| subject.from_position).min() else {
@@ -201,19 +235,29 @@ fn reconstructions(
     };
     model.harvest(texts, &SharedPrefix::default(), &config, |harvested| {
         for (subject, metrics) in subjects.iter().zip(&mut metrics) {
-            let point = points.iter().position(|&point| point == subject.point);
-            let Some(x) = rows_from(&harvested, point.expect("all are there"), subject) else {
+            let config = subject.sae.config();
+            let mut rows = |point: HookPoint, expected: usize| {
+                let idx = points.iter().position(|&other| other == point);
+                let rows = rows_from(&harvested, idx.expect("all are there"), subject)?;
+                let actual = rows.dims()[1];
+                if actual != expected {
+                    wrong.get_or_insert(EvaluateError::Width { point, expected, actual });
+                    return None;
+                }
+                Some(rows)
+            };
+            let read = rows(subject.point, config.d_in);
+            let target = rows(subject.replaced(), config.d_out());
+            let Some((x, target)) = read.zip(target) else {
                 continue;
             };
-            let (expected, actual) = (subject.sae.config().d_in, x.dims()[1]);
-            if actual != expected {
-                wrong = Some(EvaluateError::Width { point: subject.point, expected, actual });
-                return ControlFlow::Break(());
-            }
-            let (latents, reconstruction) = subject.sae.run(x.clone());
-            metrics.update(x, reconstruction, &latents);
+            let (latents, reconstruction) = subject.sae.run(x);
+            metrics.update(target, reconstruction, &latents);
         }
-        ControlFlow::Continue(())
+        match wrong {
+            Some(_) => ControlFlow::Break(()),
+            None => ControlFlow::Continue(()),
+        }
     })?;
     match wrong {
         Some(error) => Err(error),

@@ -57,8 +57,7 @@ pub struct PositionRange {
 /// `batch_tokens` (a longer text runs alone).
 ///
 /// # Errors
-/// If there is no SAE or no token to predict, an SAE does not fit its point or is a transcoder, or
-/// a pass fails.
+/// If there is no SAE or no token to predict, an SAE does not fit its points, or a pass fails.
 pub fn language_model(
     model: &LanguageModel,
     subjects: &[Subject],
@@ -70,7 +69,8 @@ pub fn language_model(
     let mut measured: Vec<Measured> = Vec::new();
     for (subject, metrics) in subjects.iter().zip(&metrics) {
         let same = |a: &Ablated| {
-            (a.subject.point, a.subject.from_position) == (subject.point, subject.from_position)
+            let place = |s: &Subject| (s.replaced(), s.from_position);
+            place(&a.subject) == place(subject)
         };
         let ablation = ablated.iter().position(same).unwrap_or_else(|| {
             ablated.push(Ablated::new(*subject, metrics, model));
@@ -108,6 +108,7 @@ pub fn language_model(
     Ok(evaluations
         .map(|((subject, metrics), measured)| Evaluation {
             hook_point: subject.point.to_string(),
+            target_hook_point: subject.target.map(|target| target.to_string()),
             from_position: subject.from_position,
             reconstruction: metrics.into(),
             next_tokens: Some(measured.figures(&ablated)),
@@ -127,7 +128,7 @@ struct Ablated<'a> {
 
 impl<'a> Ablated<'a> {
     fn new(subject: Subject<'a>, metrics: &Reconstruction, model: &LanguageModel) -> Self {
-        let width = subject.sae.config().d_in;
+        let width = subject.sae.config().d_out();
         let mean: Vec<f32> = metrics.mean().iter().map(|&x| x as f32).collect();
         // Where every position is left alone, there is no mean, and nothing to replace by it.
         let mean = if mean.is_empty() { vec![0.0; width] } else { mean };

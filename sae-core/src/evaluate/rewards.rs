@@ -33,8 +33,8 @@ pub struct Rewards {
 /// spliced in, in batches of `batch_tokens` (a longer conversation runs alone).
 ///
 /// # Errors
-/// If there is no SAE or no pair, an SAE does not fit its point or is a transcoder, the model gives
-/// several scores, or a pass fails.
+/// If there is no SAE or no pair, an SAE does not fit its points, the model gives several scores,
+/// or a pass fails.
 pub fn reward_model(
     model: &RewardModel,
     subjects: &[Subject],
@@ -66,6 +66,7 @@ pub fn reward_model(
     Ok(evaluations
         .map(|((subject, metrics), spliced)| Evaluation {
             hook_point: subject.point.to_string(),
+            target_hook_point: subject.target.map(|target| target.to_string()),
             from_position: subject.from_position,
             reconstruction: metrics.into(),
             next_tokens: None,

@@ -102,7 +102,7 @@ fn the_figures_are_those_of_passes_by_hand() {
             sums.0.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
             sums.1 += 1.0;
         }
-        let log_probs = |hook: &mut Splice, plain: bool| -> Vec<Vec<f64>> {
+        let log_probs = |hook: &mut Spliced, plain: bool| -> Vec<Vec<f64>> {
             let logits = match plain {
                 true => model.logits(&tokens, &mut ()),
                 false => model.logits(&tokens, hook),
@@ -163,6 +163,51 @@ fn batches_and_company_do_not_matter() {
 }
 
 #[test]
+fn a_transcoder_is_spliced_in_where_it_writes() {
+    let (model, perfect, sae) = (model(), perfect(48), sae(48, 4));
+    let [from, to] = ["blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"]
+        .map(|name| name.parse::<HookPoint>().expect("a point"));
+    let transcoder = |sae: &Sae| {
+        let config = SaeConfig {
+            transcodes_to: Some(48),
+            apply_b_dec_to_input: false,
+            ..sae.config().clone()
+        };
+        Sae::new(config, sae.weights().clone()).expect("valid")
+    };
+    let (other, identity) = (transcoder(&sae), transcoder(&perfect));
+    let kept = Subject::transcoder(&other, from, to);
+    let kept = Subject { error_term: ErrorTerm::Keep, ..kept };
+    let subjects = [kept, Subject::transcoder(&identity, from, to)];
+    let evaluations = language_model(&model, &subjects, &texts(), 24).expect("runs");
+    let kept = evaluations[0].next_tokens.as_ref().expect("of a language model");
+    close(kept.kl, 0.0, 1e-6);
+    close(kept.ce_recovered, 1.0, 1e-3);
+
+    // The identity writes the MLP's input in place of its output, which an edit can do as well.
+    let written = evaluations[1].next_tokens.as_ref().expect("of a language model");
+    let seen = std::rc::Rc::new(std::cell::RefCell::new(None));
+    let taken = seen.clone();
+    let mut edits = model_hooks::Edits::new();
+    edits.push(
+        from,
+        Box::new(move |_: HookPoint, x: model_hooks::Activation, _: &_| {
+            *seen.borrow_mut() = Some(x.clone());
+            x
+        }),
+    );
+    edits.push(
+        to,
+        Box::new(move |_: HookPoint, _: model_hooks::Activation, _: &_| {
+            taken.borrow_mut().take().expect("it came before")
+        }),
+    );
+    let expected = model.cross_entropy(&texts(), 24, &mut edits).expect("runs").mean();
+    close(written.ce_spliced, expected, 1e-5);
+    assert!((written.ce_spliced - written.ce_clean).abs() > 1e-4);
+}
+
+#[test]
 fn rewards_with_the_error_are_the_clean_ones() {
     let mut checkpoint = checkpoint("llama_seqcls_reward");
     let model = RewardModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &device());
@@ -202,7 +247,10 @@ fn what_cannot_be_measured_is_refused() {
     let config =
         SaeConfig { transcodes_to: Some(48), apply_b_dec_to_input: false, ..sae.config().clone() };
     let transcoder = Sae::new(config, sae.weights().clone()).expect("valid");
-    assert!(refused(&[Subject::new(&transcoder, point)], &texts()).starts_with("a transcoder"));
+    let expected = "the SAE at blocks.1.hook_resid_post is a transcoder, expected an autoencoder";
+    assert_eq!(refused(&[Subject::new(&transcoder, point)], &texts()), expected);
+    let backwards = Subject::transcoder(&transcoder, point, HookPoint::resid_post(0));
+    assert!(refused(&[backwards], &texts()).contains("blocks.1.hook_resid_post"));
     assert!(
         refused(&[Subject::new(&sae, HookPoint::resid_post(9))], &texts()).contains("blocks.9")
     );

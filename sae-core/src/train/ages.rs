@@ -1,5 +1,7 @@
 //! How long each latent has been silent.
 
+use kernels::sparse_sum;
+
 use crate::latents::SparseLatents;
 
 /// Activations seen since each latent was last active.
@@ -14,17 +16,33 @@ impl Ages {
         Self { rows: vec![0; d_sae] }
     }
 
-    /// What [`rows`](Self::rows) gave.
-    pub(super) fn from_rows(rows: Vec<u64>) -> Self {
+    /// As they were kept.
+    pub fn from_rows(rows: Vec<u64>) -> Self {
         Self { rows }
     }
 
     /// Takes in a batch, and gives the number of active latents in it, over all rows.
     pub(super) fn update(&mut self, latents: &SparseLatents) -> usize {
         let n = latents.n_rows() as u64;
-        self.rows.iter_mut().for_each(|age| *age += n);
-        let active = latents.entries().map(|entry| self.rows[entry.latent_idx] = 0);
-        active.count()
+        let is_active = latents.values.clone().not_equal_elem(0.0).float();
+        let counts = sparse_sum(latents.indices.clone(), is_active, latents.d_sae).into_data();
+        let mut n_active = 0.0;
+        for (age, count) in self.rows.iter_mut().zip(counts.iter::<f32>()) {
+            n_active += f64::from(count);
+            *age = if count > 0.0 { 0 } else { *age + n };
+        }
+        n_active as usize
+    }
+
+    /// The latents that are dead, in rising order.
+    pub fn dead(&self, dead_after: u64) -> Vec<u32> {
+        let latents = (0u32..).zip(&self.rows);
+        latents.filter(|(_, age)| **age >= dead_after).map(|(latent, _)| latent).collect()
+    }
+
+    /// These latents as if active just now.
+    pub(super) fn revive(&mut self, latents: &[u32]) {
+        latents.iter().for_each(|&latent| self.rows[latent as usize] = 0);
     }
 
     /// Latents that have not been active on the last `dead_after` activations.
@@ -56,5 +74,8 @@ mod tests {
         assert_eq!(ages.rows(), [0, 0, 2, 2]);
         ages.update(&batch);
         assert_eq!((ages.n_dead(4), ages.n_dead(5)), (2, 0));
+        assert_eq!(ages.dead(4), [2, 3]);
+        ages.revive(&[2]);
+        assert_eq!(ages.dead(4), [3]);
     }
 }

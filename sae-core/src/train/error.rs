@@ -19,6 +19,17 @@ pub enum TrainError {
         /// What was asked for.
         actual: f64,
     },
+    /// An option has no effect or no meaning beside another one.
+    #[error("{option} does not go with {with}")]
+    Conflict {
+        /// Its name.
+        option: &'static str,
+        /// What it does not go with.
+        with: &'static str,
+    },
+    /// A selection over the batch leaves nothing behind that could select single activations.
+    #[error("a selection over the batch needs a running threshold")]
+    NoThreshold,
     /// The activations are no whole number of rows.
     #[error("{n_values} values make no whole rows of {d_in}")]
     Ragged {

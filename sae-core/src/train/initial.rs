@@ -1,57 +1,115 @@
 //! Where training starts.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use rand::RngExt;
+use rand::{Rng, RngExt};
 use rand_distr::StandardNormal;
 
 use super::activation_matrix::ActivationMatrix;
-use super::config::{Centre, TrainConfig};
+use super::config::{Centre, TrainConfig, Transcoder};
 use super::error::TrainError;
-use super::parameters::Parameters;
+use super::objective::{JumpRelu, Kind, ThresholdParameter};
+use super::parameters::{ParameterName, Parameters};
 use super::row_order::random_stream;
 use super::state::TrainState;
 
 /// Activations that the scale and the centre are taken over, at most.
 const SAMPLE: usize = 1 << 14;
 
-/// Random decoder rows, the encoder their transpose, `b_dec` in the centre of the activations.
-pub(super) fn state(
+impl TrainState {
+    /// Before the first step: decoder rows of the norm asked for in random directions, the encoder
+    /// their transpose, `b_dec` in the centre of the activations.
+    ///
+    /// A transcoder needs a sample of its target too: `b_dec` lies in the centre of that, and where
+    /// it is of another width than the activations, the encoder has random rows of its own.
+    ///
+    /// # Errors
+    /// If an option is out of its range, the target is missing, not wanted or of another width than
+    /// the configuration says, or the activations cannot be scaled.
+    pub fn initial(
+        config: &TrainConfig,
+        activations: &ActivationMatrix,
+        target: Option<&ActivationMatrix>,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        config.validate(activations.d_in())?;
+        let target = match (config.transcoder, target) {
+            (None, None) => activations,
+            (Some(Transcoder { d_out, .. }), Some(target)) if d_out == target.d_in() => target,
+            (Some(Transcoder { d_out: expected, .. }), Some(target)) => {
+                return Err(TrainError::Width { expected, actual: target.d_in() });
+            }
+            (Some(_), None) => {
+                let (option, with) = ("transcoder", "activations without a target");
+                return Err(TrainError::Conflict { option, with });
+            }
+            (None, Some(_)) => {
+                let (option, with) = ("a target", "an SAE that reconstructs its input");
+                return Err(TrainError::Conflict { option, with });
+            }
+        };
+        begin(config, activations, target, device)
+    }
+}
+
+fn begin(
     config: &TrainConfig,
     activations: &ActivationMatrix,
+    target: &ActivationMatrix,
     device: &Device,
 ) -> Result<TrainState, TrainError> {
-    let (d_in, d_sae) = (activations.d_in(), config.d_sae);
+    let (d_in, d_out) = (activations.d_in(), target.d_in());
     let sample = sample(activations);
     let mean_norm = sample.iter().map(|row| norm(row)).sum::<f64>() / sample.len() as f64;
     if !(mean_norm.is_finite() && mean_norm > 0.0) {
         return Err(TrainError::MeanNorm { mean_norm });
     }
     let input_scale = (d_in as f64).sqrt() / mean_norm;
+    let sample = self::sample(target);
     let centre = match config.centre {
+        Centre::Zero => vec![0.0; d_out],
         Centre::Mean => mean(&sample),
         Centre::GeometricMedian => geometric_median(&sample),
     };
     let b_dec: Vec<f32> = centre.iter().map(|x| (x * input_scale) as f32).collect();
-    let rows = TensorData::new(decoder_rows(config, d_in), [d_sae, d_in]);
-    let parameters = Parameters {
-        w_enc: Tensor::from_data(rows.clone(), device),
-        b_enc: Tensor::zeros([d_sae], device),
-        w_dec: Tensor::from_data(rows, device),
-        b_dec: Tensor::from_data(TensorData::new(b_dec, [d_in]), device),
+    let b_dec = Tensor::from_data(TensorData::new(b_dec, [d_out]), device);
+    let mut random = random_stream(config.seed, 0);
+    let w_dec = random_rows(config, d_out, &mut random);
+    let w_enc = match d_in == d_out {
+        true => w_dec.clone(),
+        false => random_rows(config, d_in, &mut random),
     };
-    Ok(TrainState::new(parameters, input_scale))
+    let mut parameters = Parameters::tied(Tensor::from_data(w_dec, device), b_dec);
+    let row = |value: f64| Tensor::zeros([1, config.d_sae], device) + value;
+    if !matches!(config.objective.kind, Kind::MatchingPursuit(_)) {
+        parameters.insert(ParameterName::WEnc, Tensor::from_data(w_enc, device));
+        parameters.insert(ParameterName::BEnc, row(0.0));
+    }
+    if matches!(config.objective.kind, Kind::Gated(_)) {
+        parameters.insert(ParameterName::RMag, row(0.0));
+        parameters.insert(ParameterName::BMag, row(0.0));
+    }
+    if let Some(JumpRelu { threshold, initial_threshold, .. }) = config.jump_relu() {
+        let start = match threshold {
+            ThresholdParameter::Itself => *initial_threshold,
+            ThresholdParameter::Logarithm => initial_threshold.ln(),
+        };
+        parameters.insert(threshold.name(), row(start));
+    }
+    if config.transcoder.is_some_and(|transcoder| transcoder.skip) {
+        parameters.insert(ParameterName::WSkip, Tensor::zeros([d_out, d_in], device));
+    }
+    Ok(TrainState::new(parameters, input_scale, &config.optimizer))
 }
 
 /// Rows in random directions, all of the norm asked for.
-fn decoder_rows(config: &TrainConfig, d_in: usize) -> Vec<f32> {
-    let mut random = random_stream(config.seed, 0);
-    let mut rows = Vec::with_capacity(config.d_sae * d_in);
+fn random_rows(config: &TrainConfig, width: usize, random: &mut impl Rng) -> TensorData {
+    let mut rows = Vec::with_capacity(config.d_sae * width);
     for _ in 0..config.d_sae {
-        let row: Vec<f32> = (0..d_in).map(|_| random.sample(StandardNormal)).collect();
+        let row: Vec<f32> = (0..width).map(|_| random.sample(StandardNormal)).collect();
         let scale = config.decoder_norm / norm(&row);
         rows.extend(row.iter().map(|x| (f64::from(*x) * scale) as f32));
     }
-    rows
+    TensorData::new(rows, [config.d_sae, width])
 }
 
 /// Rows spread evenly over all of them.
@@ -110,19 +168,68 @@ fn geometric_median(rows: &[&[f32]]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::{Gated, GatedAuxiliary, MatchingPursuit, Objective, Sparsity};
+
+    fn top_k() -> TrainConfig {
+        TrainConfig::new(6, Objective::top_k(2))
+    }
+
+    #[test]
+    fn every_kind_starts_with_its_parameters() {
+        let values = [3.0, 4.0, 0.0, 6.0, 9.0, 1.0f32];
+        let (narrow, wide) = (
+            ActivationMatrix::new(&values, 2).expect("whole rows"),
+            ActivationMatrix::new(&values, 3).expect("whole rows"),
+        );
+        let names = |config: TrainConfig, target| {
+            let target = config.transcoder.and(Some(target));
+            let state = TrainState::initial(&config, &narrow, target, &Device::flex());
+            let parameters = state.expect("valid").parameters;
+            let shapes = parameters.named().map(|(name, tensor)| (name.as_str(), tensor.dims()));
+            shapes.collect::<Vec<_>>()
+        };
+        let with = |kind| TrainConfig::new(6, Objective::new(kind));
+        let shared = [("w_enc", [6, 2]), ("b_enc", [1, 6]), ("w_dec", [6, 2]), ("b_dec", [1, 2])];
+        assert_eq!(names(top_k(), &narrow), shared);
+        let (sparsity, auxiliary) = (Sparsity::new(1.0), GatedAuxiliary::DetachedDecoder);
+        let gated = names(with(Kind::Gated(Gated { sparsity, auxiliary })), &narrow);
+        assert_eq!(gated[4..], [("r_mag", [1, 6]), ("b_mag", [1, 6])]);
+        let jump_relu = JumpRelu::new(1.0);
+        assert_eq!(names(with(Kind::JumpRelu(jump_relu)), &narrow)[4..], [("threshold", [1, 6])]);
+        let by_log = JumpRelu { threshold: ThresholdParameter::Logarithm, ..jump_relu };
+        assert_eq!(names(with(Kind::JumpRelu(by_log)), &narrow)[4..], [("log_threshold", [1, 6])]);
+        let pursuit = Kind::MatchingPursuit(MatchingPursuit {
+            residual_threshold: 0.1,
+            max_iterations: None,
+            stop_on_duplicate_support: true,
+        });
+        assert_eq!(names(with(pursuit), &narrow), shared[2..]);
+        let objective = Objective { apply_b_dec_to_input: false, ..Objective::top_k(2) };
+        let transcoder = TrainConfig::new(6, objective)
+            .with_transcoder(Some(Transcoder { d_out: 3, skip: true }));
+        let shapes = names(transcoder.clone(), &wide);
+        let initial = |target| {
+            TrainState::initial(&transcoder, &narrow, target, &Device::flex()).unwrap_err()
+        };
+        assert!(matches!(initial(None), TrainError::Conflict { option: "transcoder", .. }));
+        assert_eq!(initial(Some(&narrow)), TrainError::Width { expected: 3, actual: 2 });
+        assert_eq!(shapes[2..], [("w_dec", [6, 3]), ("b_dec", [1, 3]), ("w_skip", [3, 2])]);
+    }
 
     #[test]
     fn inputs_get_the_root_of_their_width_as_norm() {
         let values = [3.0, 4.0, 0.0, 0.0, 0.0, 0.0, 6.0, 9.0f32];
         let activations = ActivationMatrix::new(&values, 4).expect("whole rows");
-        let state = state(&TrainConfig::new(6, 2), &activations, &Device::flex()).expect("valid");
+        let state =
+            TrainState::initial(&top_k(), &activations, None, &Device::flex()).expect("valid");
         // Norms 5 and √117; √4 over their mean.
         let scale = 2.0 / ((5.0 + 117f64.sqrt()) / 2.0);
         assert!((state.input_scale - scale).abs() < 1e-12);
-        let b_dec: Vec<f32> = state.parameters.b_dec.into_data().try_into_vec_as().expect("f32");
+        let b_dec = state.parameters.vector(ParameterName::BDec);
+        let b_dec: Vec<f32> = b_dec.into_data().try_into_vec_as().expect("f32");
         let centre = [1.5, 2.0, 3.0, 4.5f64].map(|x| (x * scale) as f32);
         assert_eq!(b_dec, centre);
-        let norms = crate::sae::row_norms(state.parameters.w_dec);
+        let norms = crate::sae::row_norms(state.parameters.w_dec());
         let norms: Vec<f32> = norms.into_data().try_into_vec_as().expect("f32");
         assert!(norms.iter().all(|norm| (norm - 0.1).abs() < 1e-6));
     }
@@ -130,7 +237,7 @@ mod tests {
     #[test]
     fn zeros_cannot_be_scaled() {
         let activations = ActivationMatrix::new(&[0.0; 8], 4).expect("whole rows");
-        let error = state(&TrainConfig::new(6, 2), &activations, &Device::flex()).unwrap_err();
+        let error = TrainState::initial(&top_k(), &activations, None, &Device::flex()).unwrap_err();
         assert_eq!(error, TrainError::MeanNorm { mean_norm: 0.0 });
     }
 

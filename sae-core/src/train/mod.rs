@@ -1,14 +1,24 @@
-//! Training of TopK SAEs.
+//! Training of sparse autoencoders and transcoders.
 //!
 //! ```text
-//! x̃      = x · √d_in / mean‖x‖                    inputs of norm √d_in, on average
-//! pre    = (x̃ − b_dec) · w_encᵀ + b_enc
-//! z      = relu(pre) at the k largest of pre ⊙ ‖w_dec[i]‖
-//! loss   = mean over the batch of ‖z · w_dec + b_dec − x̃‖²
+//! x̃ = x · √d_in / mean‖x‖                    inputs of norm √d_in, on average
 //! ```
 //!
-//! minimised by Adam. At the end the scale of the inputs and the norms of the decoder rows are
-//! folded into the weights: the [`Sae`](crate::Sae) takes raw activations and writes unit rows.
+//! A [`TrainConfig`] says what is minimised on them ([`Objective`]), by what optimiser
+//! ([`Optimizer`]) and over which course ([`Schedule`]). At the end the scale of the inputs is folded
+//! into the weights, and so are the norms of the decoder rows where that changes nothing: the
+//! [`Sae`](crate::Sae) takes raw activations.
+//!
+//! | kind | see |
+//! |---|---|
+//! | standard (L1, Lᵖ), p-annealing | [`Standard`], [`Sparsity`], [`Anneal`] |
+//! | gated | [`Gated`], [`GatedAuxiliary`] |
+//! | TopK, multi-TopK, AbsTopK, GroupMax, BatchTopK, Matryoshka, k-annealing | [`Selecting`], [`Selection`] |
+//! | AuxK for dead latents | [`AuxK`], [`AuxKRule`] |
+//! | JumpReLU | [`JumpRelu`], [`L0Loss`], [`StraightThrough`] |
+//! | matching pursuit | [`MatchingPursuit`] |
+//! | transcoders, with and without a skip | [`Transcoder`], [`Batch`] |
+//! | unit decoder rows, resampling | [`DecoderNorm`], [`Resampling`] |
 //!
 //! A run is determined by its configuration and its activations, bit for bit on one machine: all
 //! that it has to remember between two steps is a [`TrainState`] and the position in the stream of
@@ -21,12 +31,15 @@ mod activation_matrix;
 mod ages;
 mod checkpoint;
 mod config;
+mod decoder_norm;
 mod error;
 mod fit;
 mod initial;
 mod matrix_source;
 mod moments;
+mod objective;
 mod parameters;
+mod resampling;
 mod row_order;
 mod schedule;
 mod state;
@@ -35,14 +48,21 @@ mod trainer;
 pub use activation_matrix::ActivationMatrix;
 pub use ages::Ages;
 pub use checkpoint::{CheckpointError, Checkpoints, Difference, PassedOver};
-pub use config::{Centre, TrainConfig};
+pub use config::{Centre, TrainConfig, Transcoder};
+pub use decoder_norm::DecoderNorm;
 pub use error::TrainError;
-pub use fit::{Ended, Evaluation, Event, Fit, FitConfig, FitError, Resumed, Run};
+pub use fit::{Ended, Event, Fit, FitConfig, FitError, HeldOutFigures, Resumed, Run};
 pub use matrix_source::MatrixSource;
-pub use moments::Moments;
-pub use parameters::{Differentiated, Parameters};
-pub use schedule::Schedule;
-pub use state::{StepReport, TrainState};
+pub use moments::{Betas, Moments, Momentum, Optimizer};
+pub use objective::{
+    AuxK, AuxKRule, AuxKTarget, Batch, Differentiated, ErrorMeasure, Gated, GatedAuxiliary, Group,
+    JumpRelu, Kind, L0Loss, MatchingPursuit, Objective, RunningThreshold, Selecting, Selection,
+    Sparsity, SparsityNorm, Standard, StraightThrough, Term, ThresholdParameter,
+};
+pub use parameters::{ParameterName, Parameters};
+pub use resampling::{Resampling, ResamplingRule};
+pub use schedule::{Anneal, DecayShape, Schedule};
+pub use state::{StepOutcome, StepReport, TrainState};
 pub use trainer::{Progress, Trainer};
 
 pub(crate) use row_order::random_stream;

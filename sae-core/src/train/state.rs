@@ -1,12 +1,16 @@
 //! A training run between two steps.
 
-use burn::tensor::Tensor;
-use kernels::AdamConfig;
-
 use super::ages::Ages;
-use super::error::TrainError;
-use super::moments::Moments;
-use super::parameters::{Differentiated, Parameters};
+use super::config::TrainConfig;
+use super::moments::{Clipped, Moments, Optimizer};
+use super::objective::{Batch, Differentiated, Kind, Objective, Term};
+use super::parameters::Parameters;
+use super::row_order::random_stream;
+use crate::activation::Activation;
+use crate::sae::{Sae, row_norms};
+
+/// Random streams from here on belong to the steps' resampling.
+const RESAMPLING_STREAM: u64 = 1 << 63;
 
 /// All that a run has to remember: with the configuration and the activations, the rest of the
 /// run follows from it.
@@ -14,75 +18,159 @@ use super::parameters::{Differentiated, Parameters};
 pub struct TrainState {
     /// The weights, for inputs times `input_scale`.
     pub parameters: Parameters,
-    /// What Adam remembers.
+    /// What the optimiser remembers.
     pub moments: Moments,
-    /// Steps done.
+    /// Steps done, those that were skipped included.
     pub step: usize,
+    /// Steps that were skipped.
+    pub n_skipped: usize,
     /// What activations are multiplied by.
     pub input_scale: f64,
     /// How long latents have been silent.
     pub ages: Ages,
+    /// The running threshold of a selection over the batch, once there is one.
+    pub threshold: Option<f64>,
+}
+
+/// What became of a step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StepOutcome {
+    /// The parameters moved.
+    Taken(StepReport),
+    /// The loss or its gradient was not finite: all is as it was, but for the counts of steps.
+    Skipped {
+        /// The loss.
+        loss: f64,
+    },
 }
 
 /// What a step saw.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct StepReport {
     /// The loss before the step.
     pub loss: f64,
-    /// Latents above zero per activation.
+    /// What it is the sum of.
+    pub terms: Vec<(Term, f64)>,
+    /// Latents that are not zero, per activation.
     pub l0: f64,
+    /// Dead latents that were given new weights.
+    pub n_resampled: usize,
 }
 
 impl TrainState {
     /// Before the first step.
-    pub fn new(parameters: Parameters, input_scale: f64) -> Self {
-        let [d_sae, _] = parameters.w_dec.dims();
+    pub fn new(parameters: Parameters, input_scale: f64, optimizer: &Optimizer) -> Self {
         Self {
-            moments: Moments::new(&parameters),
+            moments: Moments::new(&parameters, optimizer),
+            ages: Ages::new(parameters.d_sae()),
             parameters,
             step: 0,
+            n_skipped: 0,
             input_scale,
-            ages: Ages::new(d_sae),
+            threshold: None,
         }
     }
 
-    /// One step of Adam on a batch of scaled activations.
+    /// One step on a batch of scaled activations, out of `n_steps`.
     ///
-    /// # Shapes
-    /// `x`: `[n, d_in]`.
-    ///
-    /// # Errors
-    /// If the loss or the gradient is not finite; the state is as it was.
+    /// # Panics
+    /// If the configuration is not valid, or of another SAE than the state.
     pub fn step(
         &mut self,
-        x: Tensor<2>,
-        k: usize,
-        clip_norm: Option<f64>,
-        adam: AdamConfig,
-    ) -> Result<StepReport, TrainError> {
-        let [n, _] = x.dims();
-        let Differentiated { loss, gradient, latents } = self.parameters.differentiate(x, k);
-        if !loss.is_finite() {
-            return Err(TrainError::NonFiniteLoss { step: self.step, loss });
-        }
-        if !gradient.is_finite() {
-            return Err(TrainError::NonFiniteGradient { step: self.step });
-        }
-        let gradient = match clip_norm {
+        batch: impl Into<Batch>,
+        config: &TrainConfig,
+        n_steps: usize,
+    ) -> StepOutcome {
+        let batch = batch.into();
+        let [n, _] = batch.x.dims();
+        let objective = config.objective_at(self.step, n_steps);
+        objective.project(&mut self.parameters);
+        let dead = self.ages.dead(config.dead_after);
+        let found = objective.differentiate(&self.parameters, &batch, &dead);
+        let Differentiated { loss, terms, gradient, latents, row_errors } = found;
+        let gradient = config.decoder.project(&self.parameters, gradient);
+        let clipped = match config.clip_norm {
             Some(limit) => clipped(gradient, limit),
-            None => gradient,
+            None => gradient.are_finite().then_some(Clipped { gradient, scale: 1.0 }),
         };
+        let step = self.step;
         self.step += 1;
-        self.moments.update(&mut self.parameters, gradient, self.step, adam);
+        let Some(gradient) = clipped.filter(|_| loss.is_finite()) else {
+            self.n_skipped += 1;
+            return StepOutcome::Skipped { loss };
+        };
+        if let Kind::Selecting(kind) = &objective.kind
+            && let Some(rule) = kind.threshold
+        {
+            let measured = kind.measured(&self.parameters, &latents);
+            let [_, k] = measured.dims();
+            let values: Vec<f32> = measured.into_data().try_into_vec_as().expect("floats");
+            self.threshold = rule.next(self.threshold, &values, k, step);
+        }
+        let learning_rate = config.schedule.at(step, n_steps);
+        let n_taken = self.step - self.n_skipped;
+        let Self { parameters, moments, .. } = self;
+        moments.update(parameters, gradient, n_taken, learning_rate, &config.optimizer);
+        config.decoder.restore(parameters);
         let n_active = self.ages.update(&latents);
-        Ok(StepReport { loss, l0: n_active as f64 / n as f64 })
+        let mut revived = Vec::new();
+        if let Some(resampling) = config.resampling
+            && resampling.is_due(self.step)
+        {
+            revived = resampling.resample(
+                &mut self.parameters,
+                &batch,
+                objective.apply_b_dec_to_input,
+                &row_errors,
+                &self.ages.dead(config.dead_after),
+                random_stream(config.seed, RESAMPLING_STREAM + self.step as u64),
+            );
+            self.moments.forget(&revived);
+            self.ages.revive(&revived);
+        }
+        let l0 = n_active as f64 / n as f64;
+        StepOutcome::Taken(StepReport { loss, terms, l0, n_resampled: revived.len() })
+    }
+
+    /// The SAE as trained so far, for raw activations, with decoder rows of norm 1 unless it ranks
+    /// its latents without their norms. What was selected over a batch is selected by the running
+    /// threshold, zero before there is one.
+    ///
+    /// # Panics
+    /// If the configuration is of another SAE than the state.
+    pub fn sae(&self, config: &TrainConfig) -> Sae {
+        let mut weights = self.parameters.to_weights();
+        let [d_in, d_sae] = weights.w_enc.dims();
+        let sae_config = config.sae(d_in);
+        if sae_config.activation == Activation::JumpRelu && weights.threshold.is_none() {
+            let norms = row_norms(weights.w_dec.clone());
+            let threshold = norms.ones_like().mul_scalar(self.threshold.unwrap_or(0.0));
+            // What a threshold was measured in: folding the norms brings it back.
+            weights.threshold = Some(match ranks_by_norms(&config.objective) {
+                true => threshold / norms,
+                false => threshold,
+            });
+        }
+        debug_assert_eq!(d_sae, config.d_sae);
+        let sae = Sae::new(sae_config, weights).expect("a validated configuration");
+        let sae = sae.fold_input_scale(self.input_scale);
+        sae.clone().fold_decoder_norms().unwrap_or(sae)
     }
 }
 
-/// The gradient, at most `limit` long.
-fn clipped(gradient: Parameters, limit: f64) -> Parameters {
+fn ranks_by_norms(objective: &Objective) -> bool {
+    match &objective.kind {
+        Kind::Selecting(kind) => kind.rescale_by_decoder_norm,
+        _ => false,
+    }
+}
+
+/// The gradient, at most `limit` long, if it is finite.
+fn clipped(gradient: Parameters, limit: f64) -> Option<Clipped> {
     match gradient.norm() {
-        norm if norm > limit => gradient.scaled(limit / norm),
-        _ => gradient,
+        norm if !norm.is_finite() => None,
+        norm if norm > limit => Some(Clipped { gradient, scale: limit / norm }),
+        _ => Some(Clipped { gradient, scale: 1.0 }),
     }
 }

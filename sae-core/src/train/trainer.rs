@@ -3,28 +3,28 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use kernels::AdamConfig;
 use serde::Serialize;
 
 use super::activation_matrix::ActivationMatrix;
 use super::config::TrainConfig;
 use super::error::TrainError;
 use super::fit::FitError;
-use super::initial;
 use super::matrix_source::MatrixSource;
-use super::state::TrainState;
+use super::objective::Batch;
+use super::state::{StepOutcome, TrainState};
 use crate::sae::Sae;
 use crate::source::{ActivationSource, Position, Rows, column_idx};
 
-/// Trains a TopK SAE.
+/// Trains an SAE.
 ///
 /// ```no_run
 /// # use std::ops::ControlFlow;
 /// # use burn::tensor::Device;
-/// # use sae_core::train::{ActivationMatrix, FitError, TrainConfig, Trainer};
+/// # use sae_core::train::{ActivationMatrix, FitError, Objective, TrainConfig, Trainer};
 /// # fn f(values: &[f32]) -> Result<sae_core::Sae, FitError> {
 /// let activations = ActivationMatrix::new(values, 576)?;
-/// let mut trainer = Trainer::new(TrainConfig::new(4608, 32), &activations, &Device::flex())?;
+/// let config = TrainConfig::new(4608, Objective::top_k(32));
+/// let mut trainer = Trainer::new(config, &activations, &Device::flex())?;
 /// trainer.run(&activations, |progress| ControlFlow::Continue(()))?;
 /// # Ok(trainer.sae())
 /// # }
@@ -52,11 +52,11 @@ pub struct Progress {
     /// Latents that count as dead.
     pub n_dead: usize,
     /// Steps of this run that were skipped because the loss or the gradient was not finite.
-    pub n_skipped: u64,
+    pub n_skipped: usize,
 }
 
 impl Trainer {
-    /// A run on activations like these.
+    /// A run on activations like these, which are what it reconstructs.
     ///
     /// # Errors
     /// If an option is out of its range, or the activations cannot be scaled.
@@ -65,11 +65,21 @@ impl Trainer {
         activations: &ActivationMatrix,
         device: &Device,
     ) -> Result<Self, TrainError> {
+        Self::with_target(config, activations, None, device)
+    }
+
+    /// A run on activations like these, which reconstructs a target like this, if there is one.
+    pub(super) fn with_target(
+        config: TrainConfig,
+        activations: &ActivationMatrix,
+        target: Option<&ActivationMatrix>,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
         config.validate(activations.d_in())?;
         check_batch(&config, activations)?;
         // The state stays outside any graph; each step makes its own.
         let device = device.clone().without_autodiff();
-        let state = initial::state(&config, activations, &device)?;
+        let state = TrainState::initial(&config, activations, target, &device)?;
         Ok(Self { config, state })
     }
 
@@ -81,7 +91,7 @@ impl Trainer {
     /// # Panics
     /// If the state is that of an SAE of another size.
     pub fn resume(config: TrainConfig, state: TrainState) -> Result<Self, TrainError> {
-        let [d_sae, d_in] = state.parameters.w_dec.dims();
+        let (d_sae, d_in) = (state.parameters.d_sae(), state.parameters.d_in());
         config.validate(d_in)?;
         assert_eq!(config.d_sae, d_sae, "the state of another SAE");
         Ok(Self { config, state })
@@ -125,42 +135,53 @@ impl Trainer {
         let batch = self.config.batch;
         let mut rows = Rows::empty(source.columns());
         while self.state.step < n_steps {
-            let step = self.state.step;
             rows.clear();
             if source.read(batch, &mut rows)? < batch {
-                return Err(FitError::SourceEnded { step, n_steps });
+                return Err(FitError::SourceEnded { step: self.state.step, n_steps });
             }
-            if progress(&self.step(rows.column(column), step, n_steps)?).is_break() {
+            let (seen, skipped) = self.step(rows.column(column), None, n_steps);
+            if let Some(error) = skipped {
+                return Err(error.into());
+            }
+            if progress(&seen).is_break() {
                 break;
             }
         }
         Ok(())
     }
 
-    /// One step on a batch of raw activations, with the learning rate of `step`.
+    /// One step on a batch of raw activations (and of what they are to become), and why it was
+    /// skipped, if it was.
     pub(super) fn step(
         &mut self,
         values: &[f32],
-        step: usize,
+        target: Option<&[f32]>,
         n_steps: usize,
-    ) -> Result<Progress, TrainError> {
-        let TrainConfig { batch, k, clip_norm, dead_after, .. } = self.config;
-        let [_, d_in] = self.state.parameters.w_dec.dims();
-        let device = self.state.parameters.w_dec.device();
+    ) -> (Progress, Option<TrainError>) {
+        let step = self.state.step;
+        let batch =
+            Batch { x: self.scaled(values), target: target.map(|target| self.scaled(target)) };
+        let (loss, l0, skipped) = match self.state.step(batch, &self.config, n_steps) {
+            StepOutcome::Taken(report) => (report.loss, report.l0, None),
+            StepOutcome::Skipped { loss } if loss.is_finite() => {
+                (loss, 0.0, Some(TrainError::NonFiniteGradient { step }))
+            }
+            StepOutcome::Skipped { loss } => {
+                (loss, 0.0, Some(TrainError::NonFiniteLoss { step, loss }))
+            }
+        };
+        let TrainState { ref ages, n_skipped, step, .. } = self.state;
+        let n_dead = ages.n_dead(self.config.dead_after);
+        (Progress { run_idx: 0, step, n_steps, loss, l0, n_dead, n_skipped }, skipped)
+    }
+
+    /// A batch of inputs or targets, times the scale of the inputs.
+    fn scaled(&self, values: &[f32]) -> Tensor<2> {
         let scale = self.state.input_scale as f32;
         let scaled: Vec<f32> = values.iter().map(|value| value * scale).collect();
-        let x = Tensor::from_data(TensorData::new(scaled, [batch, d_in]), &device);
-        let adam = AdamConfig::new(self.config.schedule.at(step, n_steps));
-        let report = self.state.step(x, k, clip_norm, adam)?;
-        Ok(Progress {
-            run_idx: 0,
-            step: step + 1,
-            n_steps,
-            loss: report.loss,
-            l0: report.l0,
-            n_dead: self.state.ages.n_dead(dead_after),
-            n_skipped: 0,
-        })
+        let n = self.config.batch;
+        let data = TensorData::new(scaled, [n, values.len() / n]);
+        Tensor::from_data(data, &self.state.parameters.w_dec().device())
     }
 
     /// What the run is.
@@ -173,19 +194,23 @@ impl Trainer {
         &self.state
     }
 
-    /// The SAE as trained so far, for raw activations, with decoder rows of norm 1.
+    /// The SAE as trained so far, for raw activations: [`TrainState::sae`].
     pub fn sae(&self) -> Sae {
-        let weights = self.state.parameters.to_weights();
-        let [d_sae, d_in] = weights.w_dec.dims();
-        debug_assert_eq!(d_sae, self.config.d_sae);
-        Sae::new(self.config.sae(d_in), weights)
-            .and_then(|sae| sae.fold_input_scale(self.state.input_scale).fold_decoder_norms())
-            .expect("a validated configuration that ranks by decoder norms")
+        self.state.sae(&self.config)
+    }
+
+    /// Checks that a transcoder is for targets of this width.
+    pub(super) fn check_target_width(&self, actual: usize) -> Result<(), TrainError> {
+        let expected = self.config.sae(self.state.parameters.d_in()).d_out();
+        match actual == expected {
+            true => Ok(()),
+            false => Err(TrainError::Width { expected, actual }),
+        }
     }
 
     /// Checks that the SAE is for activations of this width.
     pub(super) fn check_width(&self, actual: usize) -> Result<(), TrainError> {
-        let [_, expected] = self.state.parameters.w_dec.dims();
+        let expected = self.state.parameters.d_in();
         match actual == expected {
             true => Ok(()),
             false => Err(TrainError::Width { expected, actual }),

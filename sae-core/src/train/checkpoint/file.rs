@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::error::{CheckpointError, Difference};
 use super::tensors::{Stored, Tensors, restore, store};
 use crate::source::{Column, Position, Rows};
-use crate::train::TrainState;
+use crate::train::{ParameterName, TrainConfig, TrainState};
 
 const VERSION: u32 = 1;
 /// The key of the header among the metadata of the file.
@@ -31,7 +31,6 @@ pub(in crate::train) struct Checkpoint {
 /// One of the SAEs in training.
 pub(in crate::train) struct RunState {
     pub(in crate::train) shape: RunShape,
-    pub(in crate::train) n_skipped: u64,
     pub(in crate::train) state: TrainState,
 }
 
@@ -44,7 +43,7 @@ struct Header {
     position: Position,
     /// Rows held behind each source that reads ahead, from the outermost inwards.
     held: Vec<Held>,
-    runs: Vec<RunHeader>,
+    runs: Vec<RunShape>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -54,27 +53,37 @@ struct Held {
     widths: Vec<usize>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct RunHeader {
-    #[serde(flatten)]
-    shape: RunShape,
-    n_skipped: u64,
-}
-
-/// What a run is called and how large it is.
+/// What a run is called, how large it is, and what it remembers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(in crate::train) struct RunShape {
     pub(in crate::train) name: String,
     pub(in crate::train) d_sae: usize,
     pub(in crate::train) d_in: usize,
+    pub(in crate::train) d_out: usize,
+    pub(in crate::train) parameters: Vec<ParameterName>,
+    pub(in crate::train) second_moments: bool,
+}
+
+impl RunShape {
+    pub(in crate::train) fn new(name: String, d_in: usize, config: &TrainConfig) -> Self {
+        Self {
+            name,
+            d_sae: config.d_sae,
+            d_in,
+            d_out: config.sae(d_in).d_out(),
+            parameters: config.parameters(),
+            second_moments: config.optimizer.has_second_moments(),
+        }
+    }
 }
 
 impl Checkpoint {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let mut stored = Vec::new();
         let mut runs = Vec::new();
-        for (idx, RunState { shape, n_skipped, state }) in self.runs.iter().enumerate() {
-            runs.push(RunHeader { shape: shape.clone(), n_skipped: *n_skipped });
+        for (idx, RunState { shape, state }) in self.runs.iter().enumerate() {
+            runs.push(shape.clone());
             stored.extend(store(&run_prefix(idx), state));
         }
         let mut held = Vec::new();
@@ -124,10 +133,9 @@ impl Checkpoint {
         }
         let file = SafeTensors::deserialize(bytes).map_err(not_safetensors)?;
         let mut tensors = Tensors { checkpoint: name, file, n_taken: 0 };
-        let runs = runs.into_iter().enumerate().map(|(idx, run)| {
-            let RunHeader { shape, n_skipped } = run;
+        let runs = runs.into_iter().enumerate().map(|(idx, shape)| {
             let state = restore(&run_prefix(idx), &shape, &mut tensors, device)?;
-            Ok(RunState { shape, n_skipped, state })
+            Ok(RunState { shape, state })
         });
         let runs = runs.collect::<Result<_, CheckpointError>>()?;
         let n_held = held.len();

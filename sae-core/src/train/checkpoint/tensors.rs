@@ -5,7 +5,16 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::error::CheckpointError;
 use super::file::RunShape;
-use crate::train::{Ages, Moments, Parameters, TrainState};
+use crate::train::{Ages, Moments, ParameterName, Parameters, TrainState};
+
+const PARAMETERS: &str = "parameters";
+const FIRST: &str = "moments.first";
+const SECOND: &str = "moments.second";
+const AGES: &str = "ages";
+const STEP: &str = "step";
+const N_SKIPPED: &str = "n_skipped";
+const INPUT_SCALE: &str = "input_scale";
+const THRESHOLD: &str = "threshold";
 
 /// A tensor as it stands in the file.
 pub(super) struct Stored {
@@ -71,77 +80,84 @@ impl Tensors<'_> {
         Ok(Tensor::from_data(TensorData::new(values, shape), device))
     }
 
-    fn count(&mut self, name: &str) -> Result<u64, CheckpointError> {
+    fn has(&self, name: &str) -> bool {
+        self.file.tensor(name).is_ok()
+    }
+
+    fn count(&mut self, name: &str) -> Result<usize, CheckpointError> {
         let bytes = self.take(name, Dtype::U64, &[])?;
-        Ok(u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
+        Ok(u64::from_le_bytes(bytes.try_into().expect("eight bytes")) as usize)
+    }
+
+    fn number(&mut self, name: &str) -> Result<f64, CheckpointError> {
+        let bytes = self.take(name, Dtype::F64, &[])?;
+        Ok(f64::from_le_bytes(bytes.try_into().expect("eight bytes")))
     }
 }
 
 /// All of a state, under names that begin with `prefix`.
 pub(super) fn store(prefix: &str, state: &TrainState) -> Vec<Stored> {
-    let TrainState { parameters, moments, step, input_scale, ages } = state;
+    let TrainState { parameters, moments, step, n_skipped, input_scale, ages, threshold } = state;
     let name = |part: &str| format!("{prefix}.{part}");
     let mut stored = Vec::new();
-    for (part, parameters) in [
-        ("parameters", parameters),
-        ("moments.first", &moments.first),
-        ("moments.second", &moments.second),
-    ] {
-        let Parameters { w_enc, b_enc, w_dec, b_dec } = parameters;
-        stored.push(of(name(&format!("{part}.w_enc")), w_enc));
-        stored.push(of(name(&format!("{part}.b_enc")), b_enc));
-        stored.push(of(name(&format!("{part}.w_dec")), w_dec));
-        stored.push(of(name(&format!("{part}.b_dec")), b_dec));
+    for (part, parameters) in
+        [(PARAMETERS, parameters), (FIRST, &moments.first), (SECOND, &moments.second)]
+    {
+        stored.extend(parameters.named().map(|(parameter, tensor)| {
+            let values: Vec<f32> = tensor.to_data().try_into_vec_as().expect("parameters are f32");
+            let name = format!("{}.{}", name(part), parameter.as_str());
+            Stored::floats(name, tensor.dims().to_vec(), &values)
+        }));
     }
     let (ages, n_ages) = (ages.rows(), ages.rows().len());
     let bytes = ages.iter().flat_map(|age| age.to_le_bytes()).collect();
-    stored.push(Stored { name: name("ages"), dtype: Dtype::U64, shape: vec![n_ages], bytes });
-    // As bits: JSON would round it.
+    stored.push(Stored { name: name(AGES), dtype: Dtype::U64, shape: vec![n_ages], bytes });
+    // As bits: JSON would round them.
     let scalars = [
-        ("step", Dtype::U64, (*step as u64).to_le_bytes()),
-        ("input_scale", Dtype::F64, input_scale.to_le_bytes()),
+        (STEP, Dtype::U64, Some((*step as u64).to_le_bytes())),
+        (N_SKIPPED, Dtype::U64, Some((*n_skipped as u64).to_le_bytes())),
+        (INPUT_SCALE, Dtype::F64, Some(input_scale.to_le_bytes())),
+        (THRESHOLD, Dtype::F64, threshold.map(f64::to_le_bytes)),
     ];
-    stored.extend(scalars.map(|(part, dtype, bytes)| Stored {
-        name: name(part),
-        dtype,
-        shape: Vec::new(),
-        bytes: bytes.to_vec(),
-    }));
+    let scalars = scalars.into_iter().filter_map(|(part, dtype, bytes)| {
+        Some(Stored { name: name(part), dtype, shape: Vec::new(), bytes: bytes?.to_vec() })
+    });
+    stored.extend(scalars);
     stored
 }
 
 /// A state back from its tensors.
 pub(super) fn restore(
     prefix: &str,
-    &RunShape { d_sae, d_in, .. }: &RunShape,
+    shape: &RunShape,
     tensors: &mut Tensors,
     device: &Device,
 ) -> Result<TrainState, CheckpointError> {
     let name = |part: &str| format!("{prefix}.{part}");
-    let mut parameters = |part: &str| {
-        Ok::<_, CheckpointError>(Parameters {
-            w_enc: tensors.tensor(&name(&format!("{part}.w_enc")), [d_sae, d_in], device)?,
-            b_enc: tensors.tensor(&name(&format!("{part}.b_enc")), [d_sae], device)?,
-            w_dec: tensors.tensor(&name(&format!("{part}.w_dec")), [d_sae, d_in], device)?,
-            b_dec: tensors.tensor(&name(&format!("{part}.b_dec")), [d_in], device)?,
-        })
+    let mut set = |part: &str, names: &[ParameterName]| {
+        let tensors = names.iter().map(|&parameter| {
+            let name = format!("{}.{}", name(part), parameter.as_str());
+            let RunShape { d_sae, d_in, d_out, .. } = *shape;
+            Ok((parameter, tensors.tensor(&name, parameter.shape(d_sae, d_in, d_out), device)?))
+        });
+        tensors.collect::<Result<Parameters, CheckpointError>>()
     };
-    let (weights, first) = (parameters("parameters")?, parameters("moments.first")?);
-    let second = parameters("moments.second")?;
-    let ages = tensors.take(&name("ages"), Dtype::U64, &[d_sae])?;
+    let names = &shape.parameters;
+    let (parameters, first) = (set(PARAMETERS, names)?, set(FIRST, names)?);
+    let second = set(SECOND, if shape.second_moments { names } else { &[] })?;
+    let ages = tensors.take(&name(AGES), Dtype::U64, &[shape.d_sae])?;
     let ages = ages.as_chunks().0.iter().map(|age| u64::from_le_bytes(*age)).collect();
-    let input_scale = tensors.take(&name("input_scale"), Dtype::F64, &[])?;
-    let input_scale = f64::from_le_bytes(input_scale.try_into().expect("eight bytes"));
+    let threshold = match tensors.has(&name(THRESHOLD)) {
+        true => Some(tensors.number(&name(THRESHOLD))?),
+        false => None,
+    };
     Ok(TrainState {
-        parameters: weights,
+        parameters,
         moments: Moments { first, second },
-        step: tensors.count(&name("step"))? as usize,
-        input_scale,
+        step: tensors.count(&name(STEP))?,
+        n_skipped: tensors.count(&name(N_SKIPPED))?,
+        input_scale: tensors.number(&name(INPUT_SCALE))?,
         ages: Ages::from_rows(ages),
+        threshold,
     })
-}
-
-fn of<const D: usize>(name: String, tensor: &Tensor<D>) -> Stored {
-    let values: Vec<f32> = tensor.to_data().try_into_vec_as().expect("parameters are f32");
-    Stored::floats(name, tensor.dims().to_vec(), &values)
 }

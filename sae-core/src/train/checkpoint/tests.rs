@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 use crate::source::{Behind, Column, Position, Rows};
-use crate::train::{ActivationMatrix, TrainConfig, Trainer};
+use crate::train::{ActivationMatrix, Objective, TrainConfig, Trainer};
 
 fn device() -> Device {
     Device::flex()
@@ -16,14 +16,14 @@ fn device() -> Device {
 fn checkpoint(step: u64) -> Checkpoint {
     let values: Vec<f32> = (0..12).map(|i| (i as f32).sin()).collect();
     let matrix = ActivationMatrix::new(&values, 3).expect("whole rows");
-    let config = TrainConfig::new(4, 2).with_batch(2).with_seed(step);
+    let config = TrainConfig::new(4, Objective::top_k(2)).with_batch(2).with_seed(step);
     let mut trainer = Trainer::new(config, &matrix, &device()).expect("valid");
     trainer.run(&matrix, |_| std::ops::ControlFlow::Continue(())).expect("trains");
     let held = Rows::new(&[Column::new("x", 2)], vec![vec![1.5, f32::NAN]]).expect("a row");
     let behind = Behind { position: Position::new(7, 8), held };
     let position = Position { part: 1, row: 2, behind: Some(Box::new(behind)) };
-    let shape = RunShape { name: "a".to_owned(), d_sae: 4, d_in: 3 };
-    let runs = vec![RunState { shape, n_skipped: 3, state: trainer.state().clone() }];
+    let shape = RunShape::new("a".to_owned(), 3, trainer.config());
+    let runs = vec![RunState { shape, state: trainer.state().clone() }];
     Checkpoint { identity: json!({ "k": 2, "data": "x" }), step, position, runs }
 }
 
@@ -44,7 +44,7 @@ fn what_is_read_is_what_was_written() {
     let bytes = checkpoint(5).to_bytes();
     let read = Checkpoint::from_bytes("a", &bytes, &device()).expect("whole");
     assert_eq!(read.to_bytes(), bytes);
-    assert_eq!((read.step, read.runs[0].n_skipped, read.runs[0].state.step), (5, 3, 2));
+    assert_eq!((read.step, read.runs[0].state.step), (5, 2));
     let behind = read.position.behind.expect("a buffer");
     assert_eq!((behind.position, behind.held.n_rows()), (Position::new(7, 8), 1));
 }
@@ -193,7 +193,8 @@ proptest! {
             bytes[bit / 8] ^= 1 << (bit % 8);
         }
         if let Ok(checkpoint) = Checkpoint::from_bytes("a", &bytes, &device()) {
-            let shape = RunShape { name: "a".to_owned(), d_sae: 4, d_in: 3 };
+            let config = TrainConfig::new(4, Objective::top_k(2));
+            let shape = RunShape::new("a".to_owned(), 3, &config);
             let _ = checkpoint.check_is_of("a", &json!({ "k": 2, "data": "x" }), &[shape]);
         }
     }

@@ -19,7 +19,7 @@ pub struct FitConfig {
     pub evaluate_rows: usize,
     /// Steps that may be skipped in each run because a loss or gradient was not finite.
     #[config(default = 10)]
-    pub max_skipped: u64,
+    pub max_skipped: usize,
     /// What makes the activations: a model's name. Checkpoints are bound to it.
     #[config(default = "String::new()")]
     pub model: String,

@@ -59,9 +59,9 @@ pub enum FitError {
         /// The run.
         run: String,
         /// Steps it skipped.
-        n_skipped: u64,
+        n_skipped: usize,
         /// Steps it may skip.
-        limit: u64,
+        limit: usize,
         /// Why it skipped the last one.
         source: TrainError,
     },

@@ -5,12 +5,12 @@ use serde::Serialize;
 
 use super::{FitError, Member};
 use crate::metrics::Reconstruction;
-use crate::source::{ActivationSource, Position, Rows, column_idx};
+use crate::source::{ActivationSource, Position, Rows};
 
 /// How good an SAE is after some steps.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[non_exhaustive]
-pub struct Evaluation {
+pub struct HeldOutFigures {
     /// Which run.
     pub run_idx: usize,
     /// Steps done.
@@ -43,18 +43,18 @@ impl<'a> HeldOut<'a> {
         members: &[Member],
         step: usize,
         n_rows: usize,
-    ) -> Result<Vec<Evaluation>, FitError> {
+    ) -> Result<Vec<HeldOutFigures>, FitError> {
         self.source.seek(&self.start)?;
         let columns = self.source.columns().to_vec();
         let mut parts = Vec::new();
         for member in members {
-            let column = column_idx(&columns, &member.run.column)?;
+            let columns = member.run.columns(&*self.source)?;
             let sae = member.trainer.sae();
             let metrics = Reconstruction::new(sae.config().d_sae);
-            parts.push((column, sae, metrics));
+            parts.push((columns, sae, metrics));
         }
         let batch = members[0].run.config.batch;
-        let device = members[0].trainer.state().parameters.w_dec.device();
+        let device = members[0].trainer.state().parameters.w_dec().device();
         let mut rows = Rows::empty(&columns);
         let mut n_left = n_rows;
         while n_left > 0 {
@@ -64,16 +64,21 @@ impl<'a> HeldOut<'a> {
                 break;
             }
             n_left -= n;
-            for (column, sae, metrics) in &mut parts {
-                let data = TensorData::new(rows.column(*column).to_vec(), [n, rows.width(*column)]);
-                let x = Tensor::from_data(data, &device);
-                let (latents, reconstruction) = sae.run(x.clone());
-                metrics.update(x, reconstruction, &latents);
+            for (columns, sae, metrics) in &mut parts {
+                let tensor = |column: usize| {
+                    let values = rows.column(column).to_vec();
+                    let data = TensorData::new(values, [n, rows.width(column)]);
+                    Tensor::<2>::from_data(data, &device)
+                };
+                let x = tensor(columns.read);
+                let target = columns.reconstructed.map_or_else(|| x.clone(), tensor);
+                let (latents, reconstruction) = sae.run(x);
+                metrics.update(target, reconstruction, &latents);
             }
         }
         let evaluations = parts.iter().zip(members).enumerate();
         Ok(evaluations
-            .map(|(run_idx, ((_, sae, metrics), member))| Evaluation {
+            .map(|(run_idx, ((_, sae, metrics), member))| HeldOutFigures {
                 run_idx,
                 step,
                 n_rows: metrics.n_rows(),

@@ -6,7 +6,7 @@ mod evaluation;
 
 pub use config::FitConfig;
 pub use error::FitError;
-pub use evaluation::Evaluation;
+pub use evaluation::HeldOutFigures;
 
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -32,8 +32,10 @@ const SAMPLE: usize = 1 << 14;
 pub struct Run {
     /// What it is called in checkpoints.
     pub name: String,
-    /// The column of the stream that it is trained on.
+    /// The column of the stream that it reads.
     pub column: String,
+    /// The column that a transcoder reconstructs.
+    pub target: Option<String>,
     /// What to train. Passes are the stream's matter: `n_passes` has to be 1.
     pub config: TrainConfig,
 }
@@ -41,7 +43,12 @@ pub struct Run {
 impl Run {
     /// An SAE on this column.
     pub fn new(name: impl Into<String>, column: impl Into<String>, config: TrainConfig) -> Self {
-        Self { name: name.into(), column: column.into(), config }
+        Self { name: name.into(), column: column.into(), target: None, config }
+    }
+
+    /// A transcoder from one column to another.
+    pub fn transcoding(self, target: impl Into<String>) -> Self {
+        Self { target: Some(target.into()), ..self }
     }
 }
 
@@ -54,10 +61,11 @@ impl Run {
 /// # use std::ops::ControlFlow;
 /// # use burn::tensor::Device;
 /// # use sae_core::source::ActivationSource;
-/// # use sae_core::train::{Checkpoints, Fit, FitConfig, FitError, Run, TrainConfig};
+/// # use sae_core::train::{Checkpoints, Fit, FitConfig, FitError, Objective, Run, TrainConfig};
 /// # fn f(source: &mut dyn ActivationSource) -> Result<sae_core::Sae, FitError> {
 /// let point = "blocks.5.hook_resid_post";
-/// let runs = [16, 32].map(|k| Run::new(format!("k{k}"), point, TrainConfig::new(4608, k)));
+/// let config = |k| TrainConfig::new(4608, Objective::top_k(k));
+/// let runs = [16, 32].map(|k| Run::new(format!("k{k}"), point, config(k)));
 /// let checkpoints = Checkpoints::open("checkpoints".as_ref())?;
 /// let mut fit =
 ///     Fit::resume(runs.to_vec(), source, FitConfig::new(), &Device::flex(), checkpoints)?;
@@ -83,9 +91,15 @@ pub struct Fit<'a> {
 /// A run under way.
 struct Member {
     run: Run,
-    column_idx: usize,
+    columns: Columns,
     trainer: Trainer,
-    n_skipped: u64,
+}
+
+/// Where the columns of a run stand in the stream.
+#[derive(Debug, Clone, Copy)]
+struct Columns {
+    read: usize,
+    reconstructed: Option<usize>,
 }
 
 /// Where a run is kept, and as what.
@@ -115,7 +129,7 @@ pub enum Event {
     /// One of the SAEs made a step, or skipped it: then its loss may be no number.
     Step(Progress),
     /// One of the SAEs was evaluated.
-    Evaluation(Evaluation),
+    Evaluation(HeldOutFigures),
     /// The run was saved.
     Checkpoint {
         /// Under this name.
@@ -152,10 +166,12 @@ impl<'a> Fit<'a> {
         source.read(SAMPLE.max(runs[0].config.batch), &mut sample)?;
         source.seek(&start)?;
         let members = runs.into_iter().map(|run| {
-            let column_idx = column_idx(source.columns(), &run.column)?;
-            let rows = ActivationMatrix::new(sample.column(column_idx), sample.width(column_idx))?;
-            let trainer = Trainer::new(run.config.clone(), &rows, device)?;
-            Ok(Member { run, column_idx, trainer, n_skipped: 0 })
+            let columns = run.columns(source)?;
+            let rows = |column| ActivationMatrix::new(sample.column(column), sample.width(column));
+            let target = columns.reconstructed.map(rows).transpose()?;
+            let (config, read) = (run.config.clone(), rows(columns.read)?);
+            let trainer = Trainer::with_target(config, &read, target.as_ref(), device)?;
+            Ok(Member { run, columns, trainer })
         });
         let members = members.collect::<Result<_, FitError>>()?;
         Ok(Self {
@@ -196,22 +212,20 @@ impl<'a> Fit<'a> {
         };
         let expected: Vec<RunShape> = runs
             .iter()
-            .map(|Run { name, column, config }| {
-                let column = column_idx(source.columns(), column)?;
-                let (d_sae, d_in) = (config.d_sae, source.columns()[column].width);
-                Ok(RunShape { name: name.clone(), d_sae, d_in })
+            .map(|run| {
+                let d_in = source.columns()[run.columns(source)?.read].width;
+                Ok(RunShape::new(run.name.clone(), d_in, &run.config))
             })
             .collect::<Result<_, FitError>>()?;
         found.checkpoint.check_is_of(&found.name, &identity, &expected)?;
         let Checkpoint { step, position, runs: states, .. } = found.checkpoint;
         source.seek(&position)?;
         let step = step as usize;
-        let members =
-            runs.into_iter().zip(states).map(|(run, RunState { n_skipped, state, .. })| {
-                let column_idx = column_idx(source.columns(), &run.column)?;
-                let trainer = Trainer::resume(run.config.clone(), state)?;
-                Ok(Member { run, column_idx, trainer, n_skipped })
-            });
+        let members = runs.into_iter().zip(states).map(|(run, RunState { state, .. })| {
+            let columns = run.columns(source)?;
+            let trainer = Trainer::resume(run.config.clone(), state)?;
+            Ok(Member { run, columns, trainer })
+        });
         let members = members.collect::<Result<_, FitError>>()?;
         let (checkpoint, passed_over) = (found.name, found.passed_over);
         Ok(Self {
@@ -235,8 +249,11 @@ impl<'a> Fit<'a> {
     /// If it lacks a column that a run is on, or has it in another width.
     pub fn evaluate_on(mut self, held_out: &'a mut dyn ActivationSource) -> Result<Self, FitError> {
         for Member { run, trainer, .. } in &self.members {
-            let column = column_idx(held_out.columns(), &run.column)?;
-            trainer.check_width(held_out.columns()[column].width)?;
+            let Columns { read, reconstructed } = run.columns(held_out)?;
+            trainer.check_width(held_out.columns()[read].width)?;
+            if let Some(target) = reconstructed {
+                trainer.check_target_width(held_out.columns()[target].width)?;
+            }
         }
         self.held_out = Some(HeldOut::new(held_out));
         Ok(self)
@@ -296,13 +313,15 @@ impl<'a> Fit<'a> {
         let mut given_up = None;
         let mut events = Vec::new();
         for (run_idx, member) in self.members.iter_mut().enumerate() {
-            let (report, skipped) = member.step(rows, step, n_steps)?;
+            let Columns { read, reconstructed } = member.columns;
+            let target = reconstructed.map(|column| rows.column(column));
+            let (report, skipped) = member.trainer.step(rows.column(read), target, n_steps);
+            let n_skipped = report.n_skipped;
             events.push(Event::Step(Progress { run_idx, ..report }));
             if let Some(source) = skipped
-                && member.n_skipped > self.config.max_skipped
+                && n_skipped > self.config.max_skipped
             {
-                let (run, n_skipped) = (member.run.name.clone(), member.n_skipped);
-                let limit = self.config.max_skipped;
+                let (run, limit) = (member.run.name.clone(), self.config.max_skipped);
                 given_up = Some(FitError::TooManySkipped { run, n_skipped, limit, source });
             }
         }
@@ -338,9 +357,8 @@ impl<'a> Fit<'a> {
         };
         let runs = self.members.iter().map(|member| {
             let (state, name) = (member.trainer.state().clone(), member.run.name.clone());
-            let [d_sae, d_in] = state.parameters.w_dec.dims();
-            let shape = RunShape { name, d_sae, d_in };
-            RunState { shape, n_skipped: member.n_skipped, state }
+            let shape = RunShape::new(name, state.parameters.d_in(), &member.run.config);
+            RunState { shape, state }
         });
         let name = kept.checkpoints.save(&Checkpoint {
             identity: kept.identity.clone(),
@@ -394,32 +412,13 @@ impl<'a> Fit<'a> {
     }
 }
 
-impl Member {
-    /// A step, or why it was skipped.
-    fn step(
-        &mut self,
-        rows: &Rows,
-        step: usize,
-        n_steps: usize,
-    ) -> Result<(Progress, Option<TrainError>), TrainError> {
-        let stepped = self.trainer.step(rows.column(self.column_idx), step, n_steps);
-        let (report, skipped) = match stepped {
-            Ok(report) => (report, None),
-            Err(error) => {
-                let loss = match error {
-                    TrainError::NonFiniteLoss { loss, .. } => loss,
-                    TrainError::NonFiniteGradient { .. } => f64::NAN,
-                    _ => return Err(error),
-                };
-                self.n_skipped += 1;
-                let n_dead = self.trainer.state().ages.n_dead(self.run.config.dead_after);
-                let step = step + 1;
-                let report =
-                    Progress { run_idx: 0, step, n_steps, loss, l0: 0.0, n_dead, n_skipped: 0 };
-                (report, Some(error))
-            }
-        };
-        Ok((Progress { n_skipped: self.n_skipped, ..report }, skipped))
+impl Run {
+    fn columns(&self, source: &dyn ActivationSource) -> Result<Columns, FitError> {
+        let idx = |name: &String| column_idx(source.columns(), name);
+        Ok(Columns {
+            read: idx(&self.column)?,
+            reconstructed: self.target.as_ref().map(idx).transpose()?,
+        })
     }
 }
 
@@ -444,9 +443,9 @@ fn check(
             return Err(TrainError::Option { option, expected, actual }.into());
         }
     }
-    for (idx, Run { name, column, config }) in runs.iter().enumerate() {
-        let column = column_idx(source.columns(), column)?;
-        config.validate(source.columns()[column].width)?;
+    for (idx, run) in runs.iter().enumerate() {
+        let Run { name, config, .. } = run;
+        config.validate(source.columns()[run.columns(source)?.read].width)?;
         if config.n_passes != 1 {
             let (option, expected) = ("n_passes", "1: passes over a stream are the stream's");
             return Err(
@@ -480,9 +479,11 @@ fn identity(
     let columns = source.columns();
     let runs: Map<String, Value> = runs
         .iter()
-        .map(|Run { name, column, config }| {
+        .map(|Run { name, column, target, config }| {
             let width = columns.iter().find(|c| c.name == *column).map(|c| c.width);
-            (name.clone(), json!({ "column": column, "d_in": width, "config": config }))
+            let run =
+                json!({ "column": column, "target": target, "d_in": width, "config": config });
+            (name.clone(), run)
         })
         .collect();
     let order: Vec<&String> = runs.keys().collect();

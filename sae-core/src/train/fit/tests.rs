@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 use crate::source::{Chunks, Column, Mixing, MixingBuffer, Position, SourceError};
-use crate::train::{CheckpointError, MatrixSource, Schedule, TrainState};
+use crate::train::{CheckpointError, MatrixSource, Objective, Schedule, TrainState};
 
 const BATCH: usize = 16;
 const N_ROWS: u64 = 200;
@@ -89,12 +89,12 @@ fn source(n_reads_left: usize) -> Watched<impl ActivationSource> {
 }
 
 fn runs() -> Vec<Run> {
-    let config = TrainConfig::new(12, 2).with_batch(BATCH).with_dead_after(20);
+    let config = TrainConfig::new(12, Objective::top_k(2)).with_batch(BATCH).with_dead_after(20);
     let config = config.with_schedule(Schedule::new().with_learning_rate(1e-2));
     vec![
         Run::new("a", "early", config.clone()),
         Run::new("b", "late", config.clone().with_seed(1)),
-        Run::new("c", "early", TrainConfig { k: 3, d_sae: 20, ..config }),
+        Run::new("c", "early", TrainConfig { objective: Objective::top_k(3), d_sae: 20, ..config }),
     ]
 }
 
@@ -109,8 +109,9 @@ fn on(_: &Event) -> ControlFlow<()> {
 fn bits(state: &TrainState) -> Vec<u64> {
     let (p, m) = (&state.parameters, &state.moments);
     let bits = |p: &crate::train::Parameters| {
-        let all = [p.w_enc.to_data(), p.w_dec.to_data(), p.b_enc.to_data(), p.b_dec.to_data()];
-        all.map(|data| data.iter::<f32>().map(|x| x.to_bits().into()).collect::<Vec<_>>()).concat()
+        let all = p.named().map(|(_, tensor)| tensor.to_data());
+        all.flat_map(|data| data.iter::<f32>().map(|x| x.to_bits().into()).collect::<Vec<u64>>())
+            .collect::<Vec<u64>>()
     };
     let rest = [state.step as u64, state.input_scale.to_bits()];
     [bits(p), bits(&m.first), bits(&m.second), state.ages.rows().to_vec(), rest.to_vec()].concat()
@@ -194,7 +195,8 @@ fn runs_do_not_disturb_each_other() {
 fn one_thread_and_two_give_the_same_bits() {
     let values: Vec<f32> = (0..64 * 2048).map(|i| (i as f32 * 0.7).sin()).collect();
     let matrix = ActivationMatrix::new(&values, 64).expect("whole rows");
-    let config = TrainConfig::new(1024, 16).with_batch(1024).with_clip_norm(Some(1.0));
+    let config =
+        TrainConfig::new(1024, Objective::top_k(16)).with_batch(1024).with_clip_norm(Some(1.0));
     let on_threads = |n: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
         pool.install(|| {
@@ -229,7 +231,8 @@ fn another_run_is_refused_by_all_that_differs() {
     };
     let mut others = runs();
     others[0].config = others[0].config.clone().with_seed(7);
-    (others[2].config.k, others[2].config.d_sae) = (4, 24);
+    others[2].config =
+        TrainConfig { objective: Objective::top_k(4), d_sae: 24, ..others[2].config.clone() };
     let changed = refused(others, &mut source(9), options().with_model("gpt2".to_owned()));
     assert_eq!(
         changed,
@@ -237,7 +240,7 @@ fn another_run_is_refused_by_all_that_differs() {
             "model: \"none\", not \"gpt2\"",
             "runs.a.config.seed: 0, not 7",
             "runs.c.config.d_sae: 20, not 24",
-            "runs.c.config.k: 3, not 4",
+            "runs.c.config.objective.kind.selecting.selection.top_k.k: 3, not 4",
         ]
     );
     let mut plain = chunks(Rc::default());
@@ -253,7 +256,7 @@ fn another_run_is_refused_by_all_that_differs() {
 #[test]
 fn steps_without_a_finite_loss_are_skipped_counted_and_in_the_end_too_many() {
     let poison = Rc::new(Cell::new(false));
-    let run = |max_skipped: u64, folder: &Path| {
+    let run = |max_skipped: usize, folder: &Path| {
         poison.set(false);
         let mut source = chunks(poison.clone());
         let checkpoints = Checkpoints::open(folder).expect("opens");
@@ -280,14 +283,14 @@ fn steps_without_a_finite_loss_are_skipped_counted_and_in_the_end_too_many() {
     // Row 60 is in the fourth batch of the two runs on the early point.
     let (ended, steps, lost) = run(1, folder.path());
     assert_eq!(ended.expect("tolerated"), Ended::Finished);
-    assert_eq!((steps, lost), (vec![11, 12, 11], vec![(0, 4), (2, 4)]));
+    assert_eq!((steps, lost), (vec![12; 3], vec![(0, 4), (2, 4)]));
     let folder = tempfile::tempdir().expect("a folder");
     let (ended, ..) = run(0, folder.path());
     let error = ended.unwrap_err();
     assert_eq!(error.to_string(), "run \"c\" has skipped 1 steps, more than 0");
     let mut source = chunks(Rc::default());
     let fit = resume(&mut source, folder.path()).expect("the state was saved");
-    assert_eq!((fit.steps_done(), fit.members[0].n_skipped), (4, 1));
+    assert_eq!((fit.steps_done(), fit.members[0].trainer.state().n_skipped), (4, 1));
 }
 
 #[test]
@@ -382,7 +385,7 @@ fn runs_that_cannot_be_made_are_refused() {
 fn a_matrix_can_be_kept_too() {
     let values: Vec<f32> = (0..400).map(|i| (i as f32 * 0.7).sin()).collect();
     let matrix = ActivationMatrix::new(&values, 8).expect("whole rows");
-    let config = TrainConfig::new(12, 2).with_batch(BATCH);
+    let config = TrainConfig::new(12, Objective::top_k(2)).with_batch(BATCH);
     let runs = || vec![Run::new("a", MatrixSource::COLUMN, config.clone())];
     let source = || MatrixSource::new(matrix, 3, BATCH, 4).expect("a batch");
     let mut whole = source();

@@ -6,6 +6,7 @@ use rand_distr::StandardNormal;
 
 use super::*;
 use crate::metrics::Reconstruction;
+use crate::train::{Objective, StepOutcome};
 
 const D_IN: usize = 24;
 const N_DIRECTIONS: usize = 32;
@@ -70,7 +71,10 @@ fn device() -> Device {
 
 fn config() -> TrainConfig {
     let schedule = super::super::Schedule::new().with_learning_rate(3e-3);
-    TrainConfig::new(64, N_ACTIVE).with_batch(128).with_n_passes(10).with_schedule(schedule)
+    TrainConfig::new(64, Objective::top_k(N_ACTIVE))
+        .with_batch(128)
+        .with_n_passes(10)
+        .with_schedule(schedule)
 }
 
 fn on(_: &Progress) -> ControlFlow<()> {
@@ -80,9 +84,10 @@ fn on(_: &Progress) -> ControlFlow<()> {
 fn all_bits(state: &TrainState) -> Vec<u32> {
     let (p, m) = (&state.parameters, &state.moments);
     let bits = |p: &super::super::Parameters| {
-        let matrices = [p.w_enc.to_data(), p.w_dec.to_data(), p.b_enc.to_data(), p.b_dec.to_data()];
-        matrices.map(|data| data.iter::<f32>().map(f32::to_bits).collect::<Vec<_>>()).concat()
+        let tensors = p.named().map(|(_, tensor)| tensor.to_data());
+        tensors.flat_map(|data| data.iter::<f32>().map(f32::to_bits).collect::<Vec<_>>()).collect()
     };
+    let bits = |p| -> Vec<u32> { bits(p) };
     [bits(p), bits(&m.first), bits(&m.second)].concat()
 }
 
@@ -138,8 +143,8 @@ fn a_matrix_is_shuffled_anew_in_every_pass() {
         for rows in rows.chunks_exact(128) {
             let rows = Tensor::<1, burn::tensor::Int>::from_data(rows, &device());
             let x = planted.rows().select(0, rows).mul_scalar(state.input_scale as f32);
-            let adam = AdamConfig::new(config.schedule.at(state.step, 4));
-            state.step(x, N_ACTIVE, None, adam).expect("finite");
+            let outcome = state.step(x, &config, 4);
+            assert!(matches!(outcome, StepOutcome::Taken(_)));
         }
     }
     assert_eq!(all_bits(trainer.state()), all_bits(&state));
@@ -174,7 +179,8 @@ fn the_sae_does_on_raw_activations_what_training_did_on_scaled_ones() {
     let trainer = Trainer::new(config(), &planted.matrix(), &device()).expect("valid");
     let state = trainer.state();
     let x = planted.rows().mul_scalar(state.input_scale);
-    let loss = state.parameters.differentiate(x, N_ACTIVE).loss;
+    let objective = &trainer.config().objective;
+    let loss = objective.differentiate(&state.parameters, &x.into(), &[]).loss;
     let error = trainer.sae().decompose(planted.rows()).error;
     let raw = f64::from(error.square().sum().into_scalar::<f32>()) / 500.0;
     let scaled = raw * state.input_scale * state.input_scale;
@@ -217,7 +223,8 @@ fn clipping_bounds_the_gradient() {
     // The first moment after one step is a tenth of the gradient that was applied.
     let first_moment = |clip_norm| {
         let mut state = trainer.state().clone();
-        state.step(planted.rows(), N_ACTIVE, clip_norm, AdamConfig::new(1e-3)).expect("finite");
+        let outcome = state.step(planted.rows(), &config().with_clip_norm(clip_norm), 100);
+        assert!(matches!(outcome, StepOutcome::Taken(_)));
         state.moments.first.norm()
     };
     assert!(first_moment(None) > 0.1);
