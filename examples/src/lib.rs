@@ -3,9 +3,11 @@
 //! | program | what it does |
 //! |---|---|
 //! | `refusal` | trains a sparse autoencoder on a chat model and steers its refusals with it |
+//! | `train` | trains sparse autoencoders by a config file, and shows how good they are |
 
 pub mod allocator;
 pub mod assets;
+mod axis;
 pub mod corpus;
 pub mod device;
 pub mod pool;
@@ -15,3 +17,4 @@ pub mod refusal;
 pub mod report;
 pub mod results;
 pub mod storage;
+pub mod train;

@@ -182,7 +182,7 @@ pub use activation::Activation;
 pub use architectures::WeightDtype;
 pub use cache::ActivationCache;
 pub use config::ModelConfig;
-pub use cross_entropy::CrossEntropy;
+pub use cross_entropy::{CrossEntropy, Predictions, batches_in_order};
 pub use edit::{Edit, Edits};
 pub use generate::{GenerateConfig, NewToken, unobserved};
 pub use harvest::{HarvestConfig, HarvestReport, Harvested, Layout, Place};

@@ -13,11 +13,12 @@
 //! | train several on one stream, and survive a crash | [`train::Fit`] |
 //! | keep activations on disk | [`store`] |
 //! | choose its kind and its loss | [`train::Objective`] |
-//! | measure one | [`metrics`] |
+//! | measure one | [`metrics`], and in its model [`evaluate`] |
 //! | put one into a forward pass | [`splice::Splice`] |
 
 pub mod activation;
 pub mod config;
+pub mod evaluate;
 pub mod format;
 pub mod latents;
 pub mod metrics;

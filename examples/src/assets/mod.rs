@@ -4,5 +4,7 @@ mod model;
 mod text;
 mod wheel;
 
-pub use model::{LoadedModel, load_model, locate_model};
+pub use model::{
+    Head, HeadedModel, LoadedModel, TextModel, load_model, load_text_model, locate_model,
+};
 pub use text::{Dialogue, load_texts};

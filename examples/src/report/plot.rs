@@ -1,14 +1,12 @@
 //! The figures: unsafe refusal against what it costs, as SVG.
 
-use std::{array, ops::Range};
+use std::array;
 
 use anyhow::Result;
-use plotters::{
-    coord::ranged1d::{DefaultFormatting, KeyPointHint},
-    prelude::*,
-};
+use plotters::prelude::*;
 use steering::Rate;
 
+use crate::axis::{Axis, decade_ticks};
 use crate::results::{Method, Row};
 
 /// Pixels. Small, so that the lettering is still readable where the page is narrow.
@@ -18,35 +16,9 @@ const FAINT: RGBColor = RGBColor(226, 229, 233);
 
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Axis, Axis>>;
 
-/// An axis with chosen ticks; Plotters would choose its own, and crowd a logarithmic one.
-struct Axis {
-    range: Range<f64>,
-    ticks: Vec<f64>,
-}
-
-impl Ranged for Axis {
-    type FormatOption = DefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, value: &f64, (start, end): (i32, i32)) -> i32 {
-        let share = (value - self.range.start) / (self.range.end - self.range.start);
-        start + (share * f64::from(end - start)).round() as i32
-    }
-
-    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
-        self.ticks.clone()
-    }
-
-    fn range(&self) -> Range<f64> {
-        self.range.clone()
-    }
-}
-
-impl Axis {
-    /// From 0 to 100 %, with room for a marker at either end.
-    fn of_shares() -> Self {
-        Self { range: -0.03..1.03, ticks: vec![0.0, 0.25, 0.5, 0.75, 1.0] }
-    }
+/// From 0 to 100 %, with room for a marker at either end.
+fn shares() -> Axis {
+    Axis { range: -0.03..1.03, ticks: vec![0.0, 0.25, 0.5, 0.75, 1.0] }
 }
 
 /// A row as a point, both axes in the chart's own units.
@@ -66,14 +38,7 @@ pub(super) fn trade_off(rows: &[&Row]) -> Result<String> {
         strength: row.treatment.strength,
     };
     let alike = DashedLineSeries::new([(0.0, 0.0), (1.0, 1.0)], 4, 4, INK.mix(0.4).into());
-    draw(
-        Axis::of_shares(),
-        "safe prompts refused",
-        &|share| percent(*share),
-        rows,
-        mark,
-        Some(alike),
-    )
+    draw(shares(), "safe prompts refused", &|share| percent(*share), rows, mark, Some(alike))
 }
 
 /// Refusal of unsafe prompts against the perplexity ratio, on a logarithmic axis.
@@ -119,7 +84,7 @@ fn draw(
             .margin_right(16)
             .x_label_area_size(48)
             .y_label_area_size(64)
-            .build_cartesian_2d(x_axis, Axis::of_shares())?;
+            .build_cartesian_2d(x_axis, shares())?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
@@ -324,22 +289,6 @@ const fn colour(method: Method) -> RGBColor {
     }
 }
 
-/// Logarithms of round ratios between two of them, fewer to the decade as the decades grow.
-fn decade_ticks(low: f64, high: f64) -> Vec<f64> {
-    let steps: &[f64] = match high - low {
-        ..0.5 => &[1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0],
-        0.5..1.0 => &[1.0, 1.5, 2.0, 3.0, 5.0, 7.0],
-        1.0..2.5 => &[1.0, 2.0, 5.0],
-        _ => &[1.0],
-    };
-    let stride = ((high - low) / 6.0).ceil().max(1.0) as i32;
-    (low.floor() as i32..=high.ceil() as i32)
-        .filter(|decade| decade.rem_euclid(stride) == 0)
-        .flat_map(|decade| steps.iter().map(move |step| f64::from(decade) + step.log10()))
-        .filter(|log| (low..=high).contains(log))
-        .collect()
-}
-
 /// A round ratio without the digits that rounding left: `1.5×`, `1e6×`.
 fn tick(ratio: f64) -> String {
     if (0.01..99_999.5).contains(&ratio) {
@@ -360,20 +309,6 @@ fn percent(share: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ticks_thin_out_as_the_axis_grows() {
-        let ratios = |low: f64, high: f64| -> Vec<f64> {
-            decade_ticks(low.log10(), high.log10())
-                .into_iter()
-                .map(|log| 10f64.powf(log).round())
-                .collect()
-        };
-        assert_eq!(decade_ticks(0.0, 2f64.log10()), [1.0f64, 1.2, 1.5, 2.0].map(f64::log10));
-        assert_eq!(ratios(0.9, 60.0), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0]);
-        assert_eq!(ratios(1.0, 2e4), [1.0, 10.0, 100.0, 1e3, 1e4]);
-        assert_eq!(ratios(1.0, 1e8), [1.0, 100.0, 1e4, 1e6, 1e8]);
-    }
 
     #[test]
     fn ticks_are_written_short() {

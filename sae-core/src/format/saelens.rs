@@ -104,6 +104,12 @@ pub fn write_with_log_sparsity(
     folder::write(folder, &files)
 }
 
+/// Whether SAELens has an architecture for such SAEs: it has none for groups, nor for transcoders
+/// that select.
+pub fn can_write(config: &SaeConfig) -> bool {
+    config::has_architecture(config)
+}
+
 fn files(sae: &Sae, folder: &Path) -> Result<Vec<(&'static str, Vec<u8>)>, FormatError> {
     let config: &SaeConfig = sae.config();
     let config = config::write(&folder.join(CONFIG), config, sae.weights().w_skip.is_some())?;

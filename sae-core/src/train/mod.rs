@@ -51,7 +51,7 @@ pub use checkpoint::{CheckpointError, Checkpoints, Difference, PassedOver};
 pub use config::{Centre, TrainConfig, Transcoder};
 pub use decoder_norm::DecoderNorm;
 pub use error::TrainError;
-pub use fit::{Ended, Evaluation, Event, Fit, FitConfig, FitError, Resumed, Run};
+pub use fit::{Ended, Event, Fit, FitConfig, FitError, HeldOutFigures, Resumed, Run};
 pub use matrix_source::MatrixSource;
 pub use moments::{Betas, Moments, Momentum, Optimizer};
 pub use objective::{

@@ -307,6 +307,11 @@ impl FileConfig {
 /// The name of an architecture, and the keys that only it has.
 type OwnKeys = (&'static str, Map<String, Value>);
 
+/// Whether there is an architecture for it, with a skip or without.
+pub(super) fn has_architecture(config: &SaeConfig) -> bool {
+    matches!(own_keys(config, false), Ok(Some(_)))
+}
+
 /// Those of an SAE; none if SAELens has no architecture for it.
 fn own_keys(config: &SaeConfig, skips: bool) -> Result<Option<OwnKeys>, serde_json::Error> {
     if let Some(d_out) = config.transcodes_to {

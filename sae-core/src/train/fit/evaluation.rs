@@ -10,7 +10,7 @@ use crate::source::{ActivationSource, Position, Rows};
 /// How good an SAE is after some steps.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[non_exhaustive]
-pub struct Evaluation {
+pub struct HeldOutFigures {
     /// Which run.
     pub run_idx: usize,
     /// Steps done.
@@ -43,7 +43,7 @@ impl<'a> HeldOut<'a> {
         members: &[Member],
         step: usize,
         n_rows: usize,
-    ) -> Result<Vec<Evaluation>, FitError> {
+    ) -> Result<Vec<HeldOutFigures>, FitError> {
         self.source.seek(&self.start)?;
         let columns = self.source.columns().to_vec();
         let mut parts = Vec::new();
@@ -78,7 +78,7 @@ impl<'a> HeldOut<'a> {
         }
         let evaluations = parts.iter().zip(members).enumerate();
         Ok(evaluations
-            .map(|(run_idx, ((_, sae, metrics), member))| Evaluation {
+            .map(|(run_idx, ((_, sae, metrics), member))| HeldOutFigures {
                 run_idx,
                 step,
                 n_rows: metrics.n_rows(),

@@ -6,7 +6,7 @@ mod evaluation;
 
 pub use config::FitConfig;
 pub use error::FitError;
-pub use evaluation::Evaluation;
+pub use evaluation::HeldOutFigures;
 
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -129,7 +129,7 @@ pub enum Event {
     /// One of the SAEs made a step, or skipped it: then its loss may be no number.
     Step(Progress),
     /// One of the SAEs was evaluated.
-    Evaluation(Evaluation),
+    Evaluation(HeldOutFigures),
     /// The run was saved.
     Checkpoint {
         /// Under this name.
