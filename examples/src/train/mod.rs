@@ -75,8 +75,8 @@ pub fn run(options: &Options) -> Result<Outcome> {
         None => {
             let n_passes = plan.text.n_passes;
             // The buffer may take a minute to be filled, and nothing can be saved meanwhile.
-            let mut is_told = false;
-            let tell_once = || {
+            let (stop, mut is_told) = (&stop, false);
+            let tell_once = move || {
                 if stop.is_asked() && !std::mem::replace(&mut is_told, true) {
                     tell("Stopping behind this step; a second signal stops at once");
                 }

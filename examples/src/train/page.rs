@@ -85,7 +85,7 @@ fn plots(results: &Results, curves: &[Curve]) -> Result<Vec<minijinja::Value>> {
         }
     };
     let line =
-        |(sae_idx, points): (usize, Vec<(f64, f64)>)| Line { sae_idx, dashed: false, points };
+        |(sae_idx, points): (usize, Vec<(f64, f64)>)| Line { sae_idx: Some(sae_idx), points };
     let losses = curves.iter().zip(&results.saes).map(|(curve, sae)| {
         let share = |(step, loss): (f64, f64)| (step, loss / sae.d_in as f64);
         thinned(&curve.losses).into_iter().map(share).collect()
@@ -139,8 +139,10 @@ fn plots(results: &Results, curves: &[Curve]) -> Result<Vec<minijinja::Value>> {
         let of = |value: fn(&sae_core::evaluate::PositionRange) -> f64| {
             ranges.iter().map(|range| (at(range.from, range.to), value(range))).collect()
         };
-        lines.push(Line { sae_idx, dashed: true, points: of(|range| range.ce_clean) });
-        lines.push(Line { sae_idx, dashed: false, points: of(|range| range.ce_spliced) });
+        if lines.is_empty() {
+            lines.push(Line { sae_idx: None, points: of(|range| range.ce_clean) });
+        }
+        lines.push(Line { sae_idx: Some(sae_idx), points: of(|range| range.ce_spliced) });
     }
     let by_position = Chart {
         title: "Cross-entropy by position",

@@ -33,10 +33,8 @@ fn colour(sae_idx: usize) -> RGBColor {
 
 /// Points in order, joined by a line.
 pub(super) struct Line {
-    /// Of which SAE.
-    pub(super) sae_idx: usize,
-    /// Whether the line is broken, and lies below the others.
-    pub(super) dashed: bool,
+    /// Of which SAE; a line of the model itself is dashed.
+    pub(super) sae_idx: Option<usize>,
     pub(super) points: Vec<(f64, f64)>,
 }
 
@@ -98,22 +96,15 @@ impl Chart<'_> {
                 .x_label_formatter(&|x| x_scale.label(*x))
                 .y_label_formatter(&|y| y_scale.label(*y))
                 .draw()?;
-            for Line { sae_idx, dashed, points } in self.lines {
-                let colour = colour(sae_idx);
-                if dashed {
-                    chart.draw_series(DashedLineSeries::new(
-                        points,
-                        5,
-                        4,
-                        colour.stroke_width(2),
-                    ))?;
-                } else {
-                    let marks = if points.len() <= 24 { &points[..] } else { &[] };
-                    chart.draw_series(
-                        marks.iter().map(|&point| Circle::new(point, 3, colour.filled())),
-                    )?;
-                    chart.draw_series(LineSeries::new(points, colour.stroke_width(2)))?;
-                }
+            for Line { sae_idx, points } in self.lines {
+                let Some(colour) = sae_idx.map(colour) else {
+                    chart.draw_series(DashedLineSeries::new(points, 5, 4, INK.stroke_width(2)))?;
+                    continue;
+                };
+                let marks = if points.len() <= 24 { &points[..] } else { &[] };
+                let mark = |&point: &(f64, f64)| Circle::new(point, 3, colour.filled());
+                chart.draw_series(marks.iter().map(mark))?;
+                chart.draw_series(LineSeries::new(points, colour.stroke_width(2)))?;
             }
             root.present()?;
         }
@@ -280,7 +271,7 @@ mod tests {
             x_scale: Scale::Linear,
             y_scale: Scale::Logarithmic,
             from_zero: false,
-            lines: vec![Line { sae_idx: 0, dashed: false, points }],
+            lines: vec![Line { sae_idx: Some(0), points }],
         };
         assert!(chart(vec![(1.0, f64::NAN), (2.0, 0.0)]).svg().expect("draws").is_none());
         let one = chart(vec![(1.0, 3.0), (2.0, 0.0)]).svg().expect("draws").expect("a point");

@@ -2,7 +2,7 @@
 //!
 //! | of | see |
 //! |---|---|
-//! | activations alone | [`Reconstruction`](crate::metrics::Reconstruction) |
+//! | activations alone | [`Reconstruction`] |
 //! | a language model: cross-entropy and KL divergence | [`language_model`] |
 //! | a reward model: rewards and preferences | [`reward_model`] |
 //!
@@ -66,7 +66,8 @@ impl<'a> Subject<'a> {
         match target {
             None => Spliced::Sae(Splice::new(sae, point, error_term).from_position(from_position)),
             Some(target) => {
-                Spliced::Transcoder(Transcoding::new(sae, point, target, from_position, error_term))
+                let transcoding = Transcoding::new(sae, point, target, from_position, error_term);
+                Spliced::Transcoder(Box::new(transcoding))
             }
         }
     }

@@ -9,7 +9,7 @@ use crate::splice::{ErrorTerm, Splice};
 /// Either of them.
 pub(super) enum Spliced<'a> {
     Sae(Splice<'a>),
-    Transcoder(Transcoding<'a>),
+    Transcoder(Box<Transcoding<'a>>),
 }
 
 /// What a transcoder makes of the activation that it reads, in place of the one that it
