@@ -104,6 +104,7 @@ pub fn run(options: &Options) -> Result<Outcome> {
 
     step("Measuring");
     let saes = outcome::saes(&trainers, &plan, &loaded)?;
+    tell("The model runs on the held-out text as it is, ablated, and with each SAE: minutes");
     let setting = Setting {
         plan: &plan,
         loaded: &loaded,

@@ -101,8 +101,8 @@ fn plots(results: &Results, curves: &[Curve]) -> Result<Vec<minijinja::Value>> {
     };
     push(
         loss.svg()?,
-        "Training loss, divided by the width of the activation: 1 is about what an SAE that \
-         says nothing would have.",
+        "Training loss, penalties included, divided by the width of the activation: an SAE that \
+         says nothing would have about 1.",
     );
     let fvu = Chart {
         title: "Fraction of variance unexplained by step",
