@@ -3,7 +3,7 @@
 use anyhow::Result;
 use burn::tensor::Tensor;
 use model_hooks::{GenerateConfig, Hook, HookPoint, SharedPrefix, unobserved};
-use steering::{Intervention, Judge, Outcome, PhraseJudge, Rate, Steering, norm, random_direction};
+use steering::{Intervention, Judge, Outcome, PhraseJudge, Rate, Steering, random_direction};
 
 use super::chats::{Chats, common_prefix};
 use super::find::Found;
@@ -207,23 +207,12 @@ impl Setup<'_> {
             Method::Bundle => self.found.bundle.as_slice(),
             _ => std::slice::from_ref(&self.found.latent),
         };
-        let directions = self.trained.sae.directions();
-        let d_in = directions.dims()[1];
-        let reach = latents.iter().map(|&latent| {
-            directions.clone().narrow(0, latent, 1) * self.trained.max_activation(latent)
-        });
-        reach.reduce(|a, b| a + b).map_or(0.0, |sum| norm(&sum.reshape([d_in])))
-    }
-
-    fn direction_norm(&self, latent: usize) -> f64 {
-        let directions = self.trained.sae.directions();
-        let d_in = directions.dims()[1];
-        norm(&directions.narrow(0, latent, 1).reshape([d_in]))
+        self.trained.reach(latents)
     }
 
     /// A control latent, clamped so that it reaches as far as the headline's latents do.
     fn matched(&self, latent: usize, strength: f64) -> Result<Steering<'_>> {
-        let value = strength * self.unit_length() / self.direction_norm(latent);
+        let value = strength * self.unit_length() / self.trained.direction_norm(latent);
         let intervention =
             Intervention::Clamp { sae: &self.trained.sae, values: vec![(latent, value)] };
         Ok(Steering::new(self.point, intervention, FIRST_POSITION)?)

@@ -31,6 +31,8 @@ use crate::results::{Arm, Candidate, Method, SteeringLatent, Treatment};
 
 /// Tokens of refusing answers on which a candidate must be active.
 const MIN_ACTIVE: usize = 2;
+/// Latents of the flattest slopes whose effect is measured, to find one without.
+const MEASURED_CONTROLS: usize = 16;
 /// The fixed clamp at which candidates are compared: multiples of their largest activation.
 const TRIAL_STRENGTH: f64 = 2.0;
 /// Tokens per forward pass.
@@ -121,7 +123,8 @@ pub(super) fn find(
     let candidates = search.candidates(&contrasts, &trial, &slopes)?;
     let chosen = search.choose(&candidates, unsafe_prompts)?;
 
-    let (unrelated, random) = search.controls(&refusing.conversations, &slopes, &chosen, seed)?;
+    let (unrelated, random) =
+        search.controls(&refusing.conversations, &trial, &slopes, &chosen, seed)?;
     Ok(Found {
         latent: chosen.latent,
         bundle: chosen.bundle,
@@ -334,27 +337,43 @@ impl Search<'_> {
         Ok(Attempt { latents: latents.to_vec(), strength, refused, score })
     }
 
-    /// A latent that never fires in refused conversations, about as often as `chosen` elsewhere,
-    /// and promises least for the log-odds of refusing; and one drawn from all that fire.
+    /// A latent that never fires in refused conversations, about as often as `chosen` elsewhere, and
+    /// moves the log-odds of refusing least; and one drawn from all that fire.
+    ///
+    /// Slopes say which latents come into question. How far each really moves the odds, clamped as
+    /// far as the best treatment reaches, is measured: what is flat at first need not stay so.
     fn controls(
         &self,
         refusing: &LatentStatistics,
+        trial: &Trial,
         slopes: &[f32],
         chosen: &Chosen,
         seed: u64,
     ) -> Result<(usize, usize)> {
-        let Chosen { latent: chosen, ref bundle, .. } = *chosen;
+        let Chosen { latent, ref bundle, .. } = *chosen;
         let density = |latent: usize| self.trained.density(latent);
         let alive: Vec<usize> = (0..self.sae().config().d_sae)
             .filter(|latent| !bundle.contains(latent) && density(*latent) > 0.0)
             .collect();
-        let alike = |&latent: &usize| (density(latent) / density(chosen)).ln().abs() < 2f64.ln();
+        let alike = |&other: &usize| (density(other) / density(latent)).ln().abs() < 2f64.ln();
         let silent: Vec<usize> =
             alive.iter().copied().filter(|&latent| refusing.n_active(latent) == 0).collect();
         let among: Vec<usize> = silent.iter().copied().filter(alike).collect();
         let among = if among.is_empty() { silent } else { among };
-        let unrelated =
-            among.into_iter().min_by(|&a, &b| slopes[a].abs().total_cmp(&slopes[b].abs()));
+        let mut among = among;
+        among.sort_by(|&a, &b| slopes[a].abs().total_cmp(&slopes[b].abs()));
+        let before = trial.mean_log_odds(None)?;
+        let best = match chosen.headline.method {
+            Method::Bundle => bundle.as_slice(),
+            _ => std::slice::from_ref(&latent),
+        };
+        let reach = chosen.headline.strength * self.trained.reach(best);
+        let mut measured = Vec::new();
+        for latent in among.into_iter().take(MEASURED_CONTROLS) {
+            let value = reach / self.trained.direction_norm(latent);
+            measured.push((latent, (trial.mean_log_odds(Some((latent, value)))? - before).abs()));
+        }
+        let unrelated = measured.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(l, _)| l);
         let random = alive.choose(&mut ChaCha8Rng::seed_from_u64(seed ^ 0x00C0_FFEE)).copied();
         unrelated
             .zip(random)

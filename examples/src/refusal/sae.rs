@@ -14,6 +14,7 @@ use sae_core::metrics::{Reconstruction, ce_recovered};
 use sae_core::train::{ActivationMatrix, Objective, Schedule, TrainConfig, Trainer};
 use sae_core::{ErrorTerm, Sae, Splice};
 use serde::{Deserialize, Serialize};
+use steering::norm;
 use steering::{Intervention, Steering, SteeringError};
 
 use super::chats::{Corpus, common_prefix};
@@ -83,6 +84,24 @@ impl TrainedSae {
     /// The largest value of a latent in training: strength 1 of a clamp.
     pub(super) fn max_activation(&self, latent: usize) -> f64 {
         self.survey.max.get(latent).copied().map_or(0.0, f64::from)
+    }
+
+    /// How far some latents reach in the residual stream, each clamped to its largest activation in
+    /// training.
+    pub(super) fn reach(&self, latents: &[usize]) -> f64 {
+        let directions = self.sae.directions();
+        let d_in = directions.dims()[1];
+        let reach = latents
+            .iter()
+            .map(|&latent| directions.clone().narrow(0, latent, 1) * self.max_activation(latent));
+        reach.reduce(|a, b| a + b).map_or(0.0, |sum| norm(&sum.reshape([d_in])))
+    }
+
+    /// How far one unit of a latent reaches.
+    pub(super) fn direction_norm(&self, latent: usize) -> f64 {
+        let directions = self.sae.directions();
+        let d_in = directions.dims()[1];
+        norm(&directions.narrow(0, latent, 1).reshape([d_in]))
     }
 
     /// The share of training tokens on which a latent is active.
