@@ -1,4 +1,4 @@
-//! Progress bars.
+//! What a program says on the way: titles, lines, progress bars.
 
 use std::time::Duration;
 
@@ -14,4 +14,16 @@ pub fn bar(label: &'static str, length: u64) -> ProgressBar {
         .with_style(style.expect("the template is well-formed"));
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
+}
+
+/// Says what begins.
+#[expect(clippy::print_stdout, reason = "this is what a program says")]
+pub fn step(title: &str) {
+    println!("\n{title}");
+}
+
+/// Says something about what is being done.
+#[expect(clippy::print_stdout, reason = "this is what a program says")]
+pub fn tell(line: &str) {
+    println!("  {line}");
 }

@@ -23,6 +23,7 @@ pub use options::{Options, Scale};
 use crate::assets::{load_model, load_texts};
 use crate::corpus::{self, Fingerprint, Prompt, Test};
 use crate::device::device;
+use crate::progress::{step, tell};
 use crate::prompts::{Wanted, read_prompts};
 use crate::results::{Generation, Results, Settings};
 use chats::Chats;
@@ -193,16 +194,6 @@ fn spread<T>(items: Vec<T>, n: usize) -> Vec<T> {
     }
     let kept = |i: usize| (i + 1) * n / len > i * n / len;
     items.into_iter().enumerate().filter(|&(i, _)| kept(i)).map(|(_, item)| item).collect()
-}
-
-#[expect(clippy::print_stdout, reason = "this is what the program says")]
-fn step(title: &str) {
-    println!("\n{title}");
-}
-
-#[expect(clippy::print_stdout, reason = "this is what the program says")]
-fn tell(line: &str) {
-    println!("  {line}");
 }
 
 /// Errors of the libraries with what was being done.

@@ -32,7 +32,7 @@ use self::signals::Stop;
 use self::stream::{Chunking, Harvest};
 use crate::assets::{Head, TextModel, load_text_model};
 use crate::device::device;
-use crate::progress::bar;
+use crate::progress::{bar, step, tell};
 use crate::storage::write_whole;
 
 /// How the program ended.
@@ -277,14 +277,4 @@ fn forget_after(path: &Path, step: usize) -> Result<()> {
 fn stopped(what: &str) -> Outcome {
     tell(&format!("Stopped, and {what} is saved: run it again with the same --out to go on"));
     Outcome::Stopped
-}
-
-#[expect(clippy::print_stdout, reason = "this is what the program says")]
-fn step(title: &str) {
-    println!("\n{title}");
-}
-
-#[expect(clippy::print_stdout, reason = "this is what the program says")]
-fn tell(line: &str) {
-    println!("  {line}");
 }

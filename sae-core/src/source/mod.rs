@@ -88,6 +88,16 @@ impl Position {
         Self { part, row, behind: None }
     }
 
+    /// Checks that this is a row of one of so many passes, or the end of the last.
+    pub(crate) fn check_in_passes(&self, n_passes: u64, n_rows: u64) -> Result<(), SourceError> {
+        let Self { part, row, behind } = self;
+        let there = (*part < n_passes && *row < n_rows) || (*part == n_passes && *row == 0);
+        match behind.is_none() && there {
+            true => Ok(()),
+            false => Err(self.refused(format!("{n_passes} passes of {n_rows} rows"))),
+        }
+    }
+
     pub(crate) fn refused(&self, expected: impl Into<String>) -> SourceError {
         SourceError::Position { part: self.part, row: self.row, expected: expected.into() }
     }

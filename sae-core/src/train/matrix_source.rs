@@ -87,12 +87,7 @@ impl ActivationSource for MatrixSource<'_> {
     }
 
     fn seek(&mut self, position: &Position) -> Result<(), SourceError> {
-        let Position { part, row, behind } = position;
-        let (n_passes, n_rows) = (self.n_passes, self.rows_per_pass());
-        let there = (*part < n_passes && *row < n_rows) || (*part == n_passes && *row == 0);
-        if behind.is_some() || !there {
-            return Err(position.refused(format!("{n_passes} passes of {n_rows} rows")));
-        }
+        position.check_in_passes(self.n_passes, self.rows_per_pass())?;
         self.position = position.clone();
         Ok(())
     }

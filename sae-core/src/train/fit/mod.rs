@@ -3,10 +3,12 @@
 mod config;
 mod error;
 mod evaluation;
+mod run;
 
 pub use config::FitConfig;
 pub use error::FitError;
 pub use evaluation::HeldOutFigures;
+pub use run::Run;
 
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -14,43 +16,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use self::evaluation::HeldOut;
+use self::run::{Columns, check, identity};
 use super::activation_matrix::ActivationMatrix;
 use super::checkpoint::{Checkpoint, Checkpoints, PassedOver, RunShape, RunState};
-use super::config::TrainConfig;
-use super::error::TrainError;
 use super::trainer::{Progress, Trainer};
-use crate::source::{ActivationSource, Rows, column_idx};
+use crate::source::{ActivationSource, Rows};
 
 /// Rows from the stream's beginning that scale and centre of the inputs are taken over.
 const SAMPLE: usize = 1 << 14;
-
-/// One of the SAEs that are trained on a stream.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Run {
-    /// What it is called in checkpoints.
-    pub name: String,
-    /// The column of the stream that it reads.
-    pub column: String,
-    /// The column that a transcoder reconstructs.
-    pub target: Option<String>,
-    /// What to train. Passes are the stream's matter: `n_passes` has to be 1.
-    pub config: TrainConfig,
-}
-
-impl Run {
-    /// An SAE on this column.
-    pub fn new(name: impl Into<String>, column: impl Into<String>, config: TrainConfig) -> Self {
-        Self { name: name.into(), column: column.into(), target: None, config }
-    }
-
-    /// A transcoder from one column to another.
-    pub fn transcoding(self, target: impl Into<String>) -> Self {
-        Self { target: Some(target.into()), ..self }
-    }
-}
 
 /// Trains SAEs on one stream, all of them on every batch.
 ///
@@ -93,13 +69,6 @@ struct Member {
     run: Run,
     columns: Columns,
     trainer: Trainer,
-}
-
-/// Where the columns of a run stand in the stream.
-#[derive(Debug, Clone, Copy)]
-struct Columns {
-    read: usize,
-    reconstructed: Option<usize>,
 }
 
 /// Where a run is kept, and as what.
@@ -412,91 +381,8 @@ impl<'a> Fit<'a> {
     }
 }
 
-impl Run {
-    fn columns(&self, source: &dyn ActivationSource) -> Result<Columns, FitError> {
-        let idx = |name: &String| column_idx(source.columns(), name);
-        Ok(Columns {
-            read: idx(&self.column)?,
-            reconstructed: self.target.as_ref().map(idx).transpose()?,
-        })
-    }
-}
-
 fn either(a: ControlFlow<()>, b: ControlFlow<()>) -> ControlFlow<()> {
     if a.is_break() { a } else { b }
-}
-
-/// Checks that the runs can be made together on this stream, and gives their number of steps.
-fn check(
-    runs: &[Run],
-    source: &dyn ActivationSource,
-    config: &FitConfig,
-) -> Result<usize, FitError> {
-    let expected = runs.first().ok_or(FitError::NoRuns)?.config.batch;
-    for (option, actual) in [
-        ("checkpoint_every", config.checkpoint_every),
-        ("evaluate_every", config.evaluate_every),
-        ("evaluate_rows", config.evaluate_rows),
-    ] {
-        if actual == 0 {
-            let (expected, actual) = ("at least 1", 0.0);
-            return Err(TrainError::Option { option, expected, actual }.into());
-        }
-    }
-    for (idx, run) in runs.iter().enumerate() {
-        let Run { name, config, .. } = run;
-        config.validate(source.columns()[run.columns(source)?.read].width)?;
-        if config.n_passes != 1 {
-            let (option, expected) = ("n_passes", "1: passes over a stream are the stream's");
-            return Err(
-                TrainError::Option { option, expected, actual: config.n_passes as f64 }.into()
-            );
-        }
-        if config.batch != expected {
-            let (run, actual) = (name.clone(), config.batch);
-            return Err(FitError::Batch { run, expected, actual });
-        }
-        if runs[..idx].iter().any(|run| run.name == *name) {
-            return Err(FitError::SameName { name: name.clone() });
-        }
-    }
-    let in_stream = source.n_rows().map(|n_rows| n_rows as usize / expected);
-    let n_steps = config.n_steps.or(in_stream).ok_or(FitError::UnknownLength)?;
-    if n_steps == 0 {
-        let n_rows = source.n_rows().unwrap_or(0) as usize;
-        return Err(TrainError::TooFewRows { n_rows, batch: expected }.into());
-    }
-    Ok(n_steps)
-}
-
-/// All that the bits of a run depend on.
-fn identity(
-    runs: &[Run],
-    source: &dyn ActivationSource,
-    config: &FitConfig,
-    n_steps: usize,
-) -> Value {
-    let columns = source.columns();
-    let runs: Map<String, Value> = runs
-        .iter()
-        .map(|Run { name, column, target, config }| {
-            let width = columns.iter().find(|c| c.name == *column).map(|c| c.width);
-            let run =
-                json!({ "column": column, "target": target, "d_in": width, "config": config });
-            (name.clone(), run)
-        })
-        .collect();
-    let order: Vec<&String> = runs.keys().collect();
-    let identity = json!({
-        "model": config.model,
-        "data": source.fingerprint(),
-        "dtype": "F32",
-        "n_steps": n_steps,
-        "order": order,
-        "runs": runs,
-    });
-    // Through text, as the checkpoint's: reading may round numbers.
-    serde_json::from_str(&identity.to_string()).expect("our own JSON")
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 use crate::source::{Chunks, Column, Mixing, MixingBuffer, Position, SourceError};
-use crate::train::{CheckpointError, MatrixSource, Objective, Schedule, TrainState};
+use crate::train::{
+    CheckpointError, MatrixSource, Objective, Schedule, TrainConfig, TrainError, TrainState,
+};
 
 const BATCH: usize = 16;
 const N_ROWS: u64 = 200;
