@@ -164,7 +164,7 @@ impl<'a> Fit<'a> {
     /// # Errors
     /// As [`new`](Self::new); if there are checkpoints and none can be read; or if the newest one
     /// is of another run: another width, `k`, seed, model, stream or anything else of
-    /// [`TrainConfig`]. All that differs is named.
+    /// [`TrainConfig`](super::TrainConfig). All that differs is named.
     pub fn resume(
         runs: Vec<Run>,
         source: &'a mut dyn ActivationSource,
