@@ -1,5 +1,8 @@
 //! Every kind of SAE, trained for a while on activations that are sums of a few directions.
 
+use std::ops::ControlFlow;
+use std::path::Path;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -32,14 +35,14 @@ fn activations() -> Vec<f32> {
     values
 }
 
-fn kinds() -> Vec<(&'static str, Kind)> {
+fn kinds(d_sae: usize) -> Vec<(&'static str, Kind)> {
     let sparsity = Sparsity::new(0.3);
     let selecting = |selection| Selecting {
         aux_k: Some(AuxK::new()),
         threshold: Some(RunningThreshold::SaeLens { rate: 0.05 }),
         ..Selecting::new(selection)
     };
-    let groups = vec![Group { width: 8, weight: 1.0 }, Group { width: D_SAE, weight: 1.0 }];
+    let groups = vec![Group { width: 8, weight: 1.0 }, Group { width: d_sae, weight: 1.0 }];
     let aux_k_target = AuxKTarget::OwnResidual;
     let matryoshka = Selection::Matryoshka { k: 3.0, groups, aux_k_target };
     let undetached = GatedAuxiliary::UndetachedDecoder;
@@ -83,11 +86,11 @@ fn rows(values: &[f32]) -> Tensor<2> {
 fn every_kind_learns_and_its_sae_does_what_was_trained() {
     let values = activations();
     let matrix = ActivationMatrix::new(&values, D_IN).expect("whole rows");
-    for (name, kind) in kinds() {
+    for (name, kind) in kinds(D_SAE) {
         for decoder in [DecoderNorm::Free, DecoderNorm::Unit] {
             let config = config(kind.clone()).with_decoder(decoder).with_decoder_norm(1.0);
             let mut trainer = Trainer::new(config, &matrix, &Device::flex()).expect("valid");
-            trainer.run(&matrix, |_| std::ops::ControlFlow::Continue(())).expect("finite");
+            trainer.run(&matrix, |_| ControlFlow::Continue(())).expect("finite");
             assert_eq!(trainer.state().step, N_STEPS);
             let sae = trainer.sae();
             let x = rows(&values[..BATCH * D_IN]);
@@ -174,7 +177,7 @@ fn a_transcoder_with_a_skip_learns_another_activation() {
 fn a_step_without_a_finite_loss_is_skipped_and_counted() {
     let values = activations();
     let matrix = ActivationMatrix::new(&values, D_IN).expect("whole rows");
-    let config = config(kinds().remove(2).1);
+    let config = config(kinds(D_SAE).remove(2).1);
     let mut state =
         Trainer::new(config.clone(), &matrix, &Device::flex()).expect("valid").state().clone();
     let bits = |state: &TrainState| -> Vec<u32> {
@@ -227,4 +230,132 @@ fn dead_latents_are_resampled_the_same_way_each_time() {
     assert!(first.0 > 0);
     assert_eq!(first, second);
     assert_ne!(first.1, other.1);
+}
+
+/// All that a run remembers, as bits.
+fn bits(state: &TrainState) -> Vec<u64> {
+    let moments = state.moments.first.named().chain(state.moments.second.named());
+    let tensors = state.parameters.named().chain(moments).map(|(_, tensor)| tensor.to_data());
+    let mut bits: Vec<u64> = tensors
+        .flat_map(|data| data.iter::<f32>().map(|x| x.to_bits().into()).collect::<Vec<_>>())
+        .collect();
+    bits.extend(state.ages.rows());
+    bits.extend([state.step as u64, state.n_skipped as u64, state.input_scale.to_bits()]);
+    bits.extend(state.threshold.map(f64::to_bits));
+    bits
+}
+
+/// A run of every kind, with every optimiser and whatever else a step remembers or draws.
+fn runs(width: usize) -> Vec<Run> {
+    let d_sae = 2 * width;
+    let plain = |kind| config(kind).with_n_passes(1).with_dead_after(64);
+    let mut configs: Vec<(&str, TrainConfig)> =
+        kinds(d_sae).into_iter().map(|(name, kind)| (name, plain(kind))).collect();
+    let top_k = plain(kinds(d_sae).remove(2).1).with_resampling(Some(Resampling::new(4)));
+    let jump_relu = plain(kinds(d_sae).remove(8).1).with_resampling(Some(Resampling::new(4)));
+    let pursuit = Kind::MatchingPursuit(MatchingPursuit {
+        residual_threshold: 0.5,
+        max_iterations: Some(4),
+        stop_on_duplicate_support: true,
+    });
+    configs.extend([
+        ("pursuit", plain(pursuit).with_decoder(DecoderNorm::Unit).with_decoder_norm(1.0)),
+        ("unit", top_k.clone().with_decoder(DecoderNorm::Unit).with_decoder_norm(1.0)),
+        ("signum", top_k.clone().with_optimizer(Optimizer::Signum(Momentum::new()))),
+        ("lazy", top_k.clone().with_optimizer(Optimizer::RowLazyAdam(Betas::new()))),
+        ("rows", top_k.clone().with_input_scale(InputScale::LayerNorm)),
+        ("revived", jump_relu),
+    ]);
+    let transcoder = Some(Transcoder { d_out: width, skip: true });
+    let objective = Objective { apply_b_dec_to_input: false, ..top_k.objective.clone() };
+    configs.push(("skip", TrainConfig { transcoder, objective, ..top_k }));
+    let run = |(name, config): (&str, TrainConfig)| {
+        let config = TrainConfig { d_sae, ..config };
+        let run = Run::new(name, MatrixSource::COLUMN, config.clone());
+        if config.transcoder.is_some() { run.transcoding(MatrixSource::COLUMN) } else { run }
+    };
+    configs.into_iter().map(run).collect()
+}
+
+/// Trains all of them together for ten steps, in a folder or without one, until so many are done.
+fn trained(values: &[f32], width: usize, folder: Option<&Path>, until: usize) -> Vec<Vec<u64>> {
+    let matrix = ActivationMatrix::new(values, width).expect("whole rows");
+    let mut source = MatrixSource::new(matrix, 3, BATCH, 1).expect("a batch");
+    let config = FitConfig::new().with_checkpoint_every(3).with_n_steps(Some(10));
+    let (runs, device) = (runs(width), Device::flex());
+    let mut fit = match folder {
+        Some(folder) => {
+            let checkpoints = Checkpoints::open(folder).expect("opens");
+            Fit::resume(runs, &mut source, config, &device, checkpoints).expect("the same run")
+        }
+        None => Fit::new(runs, &mut source, config, &device).expect("valid"),
+    };
+    let stop = |event: &Event| match event {
+        Event::Step(progress) if progress.step >= until => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    fit.run(stop).expect("finite");
+    fit.into_trainers().iter().map(|trainer| bits(trainer.state())).collect()
+}
+
+fn assert_same(actual: &[Vec<u64>], expected: &[Vec<u64>], what: &str) {
+    for ((run, actual), expected) in runs(D_IN).iter().zip(actual).zip(expected) {
+        assert!(actual == expected, "{}: {what}", run.name);
+    }
+}
+
+#[test]
+fn every_kind_goes_on_with_the_same_bits() {
+    let values = activations();
+    let whole = trained(&values, D_IN, None, 10);
+    for until in [2, 7] {
+        let folder = tempfile::tempdir().expect("a folder");
+        trained(&values, D_IN, Some(folder.path()), until);
+        let resumed = trained(&values, D_IN, Some(folder.path()), 10);
+        assert_same(&resumed, &whole, "broken off");
+    }
+}
+
+/// On a width at which work is shared out.
+#[test]
+fn every_kind_has_the_same_bits_on_any_number_of_threads() {
+    let width = 160;
+    let values: Vec<f32> = (0..width * BATCH * 10).map(|i| (i as f32 * 0.7).sin()).collect();
+    let on_threads = |n: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads");
+        pool.install(|| trained(&values, width, None, 10))
+    };
+    let one = on_threads(1);
+    assert_same(&on_threads(2), &one, "two threads");
+    assert_same(&on_threads(3), &one, "three threads");
+}
+
+/// What a selection over the batch becomes: a threshold on what latents write.
+#[test]
+fn a_running_threshold_is_the_threshold_of_what_latents_write() {
+    let values = activations();
+    let matrix = ActivationMatrix::new(&values, D_IN).expect("whole rows");
+    for (name, kind) in
+        kinds(D_SAE).into_iter().filter(|(name, _)| ["batch_top_k", "matryoshka"].contains(name))
+    {
+        let mut trainer = Trainer::new(config(kind), &matrix, &Device::flex()).expect("valid");
+        trainer.run(&matrix, |_| ControlFlow::Continue(())).expect("finite");
+        let state = trainer.state();
+        let threshold = state.threshold.expect("a running threshold");
+        let parameters = &state.parameters;
+        let x = rows(&values[..BATCH * D_IN]);
+        let row = |name| parameters.get(name).expect("trained").clone();
+        let centred = x.clone().mul_scalar(state.input_scale) - row(ParameterName::BDec);
+        let pre = centred.matmul(row(ParameterName::WEnc).transpose()) + row(ParameterName::BEnc);
+        let norms = parameters.w_dec().square().sum_dim(1).sqrt().transpose();
+        let written = pre.clone() * norms;
+        let z = pre.mask_fill(written.lower_equal_elem(threshold), 0.0);
+        let expected = z.clone().matmul(parameters.w_dec()) + row(ParameterName::BDec);
+        let (latents, reconstruction) = trainer.sae().run(x);
+        let n_active = z.greater_elem(0.0).int().sum().into_scalar::<i64>();
+        assert_eq!(latents.entries().count() as i64, n_active, "{name}");
+        let off = reconstruction.mul_scalar(state.input_scale) - expected;
+        let off = off.abs().max().into_scalar::<f32>();
+        assert!(off < 1e-4 && n_active > BATCH as i64, "{name}: {off}, {n_active} active");
+    }
 }

@@ -24,7 +24,7 @@ impl Sae {
             }
             Activation::TopK { k, .. } => self.ranked(x, Select::TopK(k)),
             Activation::AbsTopK { k, .. } => self.ranked(x, Select::TopKMagnitude(k)),
-            Activation::GroupMax { k } => self.group_max(x, k),
+            Activation::GroupMax { k } => self.select(x, zeros(), Select::GroupMax(k)),
             Activation::Gated => {
                 let (gates, indices) = self.select(x, zeros(), Select::Above);
                 (self.magnitudes(gates, &indices), indices)
@@ -59,16 +59,6 @@ impl Sae {
             }
             None => self.select(x, self.weights.b_enc.ones_like(), select),
         }
-    }
-
-    fn group_max(&self, x: Tensor<2>, k: usize) -> (Tensor<2>, Tensor<2, Int>) {
-        let ([n, _], size) = (x.dims(), self.config.d_sae / k);
-        let pre = x.matmul(self.weights.w_enc.clone()) + self.weights.b_enc.clone().unsqueeze();
-        let groups = relu(pre).reshape([n * k, size]);
-        let within = groups.clone().argmax(1);
-        let values = groups.gather(1, within.clone()).reshape([n, k]);
-        let firsts = Tensor::arange(0..k as i64, &values.device()).mul_scalar(size as i64);
-        (values, within.reshape([n, k]) + firsts.unsqueeze())
     }
 
     /// What open gates let through, out of the gates' pre-activations.

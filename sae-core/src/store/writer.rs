@@ -86,7 +86,8 @@ impl<'a> StoreWriter<'a> {
     /// Adds rows, and writes the shards that they fill.
     ///
     /// # Errors
-    /// If they have other columns, or cannot be written.
+    /// If they have other columns, or cannot be written. How many of them were taken is not known
+    /// then: [`open`](Self::open) the writer again, and go on behind its [`n_rows`](Self::n_rows).
     pub fn write(&mut self, rows: &Rows) -> Result<(), StoreError> {
         if !rows.fits(&self.manifest.columns) {
             return Err(StoreError::Rows { expected: in_words(&self.manifest.columns) });
@@ -123,7 +124,11 @@ impl<'a> StoreWriter<'a> {
         self.storage.put(&name, &bytes)?;
         let n_rows = self.pending.n_rows() as u64;
         self.manifest.shards.push(Shard { n_rows, sha256: sha256([&bytes]) });
-        self.manifest.write(self.storage, &self.writer)?;
+        if let Err(error) = self.manifest.write(self.storage, &self.writer) {
+            // What is still pending would be listed twice, once it is written after all.
+            self.manifest.shards.pop();
+            return Err(error);
+        }
         self.pending.clear();
         Ok(())
     }

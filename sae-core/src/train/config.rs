@@ -5,11 +5,12 @@ use burn::config::Config;
 use super::decoder_norm::DecoderNorm;
 use super::error::TrainError;
 use super::moments::Optimizer;
-use super::objective::{JumpRelu, Kind, Objective};
+use super::objective::{ErrorMeasure, JumpRelu, Kind, Objective, Selecting, Selection};
 use super::parameters::ParameterName;
 use super::resampling::Resampling;
 use super::schedule::Schedule;
 use crate::config::SaeConfig;
+use crate::normalization::Normalization;
 
 /// A training run.
 #[derive(Config, Debug, PartialEq)]
@@ -27,6 +28,9 @@ pub struct TrainConfig {
     /// Times that every activation is seen, but for those that do not fill the last batch.
     #[config(default = 1)]
     pub n_passes: usize,
+    /// What is done to activations before the SAE reads them.
+    #[config(default = "InputScale::AverageNorm")]
+    pub input_scale: InputScale,
     /// Learning rate, sparsity and what is annealed over the run.
     #[config(default = "Schedule::new()")]
     pub schedule: Schedule,
@@ -65,6 +69,34 @@ pub struct Transcoder {
     pub skip: bool,
 }
 
+/// How activations are scaled before the SAE reads them; SAELens' name in brackets.
+///
+/// Losses are those of the scaled activations, which the SAE reconstructs. The target of a
+/// transcoder is scaled by the one factor, if there is one, and not by row.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum InputScale {
+    /// Not at all (`none`).
+    Raw,
+    /// By one factor, that brings their mean norm to `√d_in` (`expected_average_only_in`). It is
+    /// folded into the weights of the SAE in the end.
+    AverageNorm,
+    /// Each row to norm `√d_in` (`constant_norm_rescale`).
+    ConstantNorm,
+    /// Each row to mean 0 and standard deviation 1 (`layer_norm`).
+    LayerNorm,
+}
+
+impl InputScale {
+    /// What the SAE does to each row by itself.
+    pub fn normalization(self) -> Normalization {
+        match self {
+            Self::Raw | Self::AverageNorm => Normalization::None,
+            Self::ConstantNorm => Normalization::ConstantNormRescale,
+            Self::LayerNorm => Normalization::LayerNorm,
+        }
+    }
+}
+
 /// A centre of the activations, taken over a sample of them.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum Centre {
@@ -82,6 +114,7 @@ impl TrainConfig {
         SaeConfig {
             apply_b_dec_to_input: self.objective.apply_b_dec_to_input,
             transcodes_to: self.transcoder.map(|transcoder| transcoder.d_out),
+            normalization: self.input_scale.normalization(),
             ..SaeConfig::new(d_in, self.d_sae, self.objective.activation())
         }
     }
@@ -133,6 +166,7 @@ impl TrainConfig {
             ("clip_norm", clip_norm),
             ("decoder_norm", self.decoder_norm),
             ("transcoder.d_out", d_out as f64),
+            ("dead_after", self.dead_after as f64),
         ] {
             if !(actual.is_finite() && actual > 0.0) {
                 let expected = "a number above zero";
@@ -150,7 +184,10 @@ impl TrainConfig {
             let Some(_) = self.objective.annealed() else {
                 return conflict("schedule.anneal", "an objective without k or p");
             };
-            if matches!(kind, Kind::Selecting(_)) {
+            if let Kind::Selecting(Selecting { selection, .. }) = kind {
+                if matches!(selection, Selection::GroupMax { .. }) {
+                    return conflict("schedule.anneal", "groups, which have to be of one size");
+                }
                 self.objective.clone().with_annealed(anneal.from).validate(self.d_sae)?;
             }
         }
@@ -160,6 +197,9 @@ impl TrainConfig {
         }
         if self.transcoder.is_some() && matches!(kind, Kind::MatchingPursuit(_)) {
             return conflict("transcoder", "matching pursuit, which writes what it reads");
+        }
+        if self.batch == 1 && self.objective.error == ErrorMeasure::Fvu {
+            return conflict("batch 1", "a loss that is a share of the batch's variance");
         }
         if self.decoder == DecoderNorm::Unit && self.decoder_norm != 1.0 {
             return conflict("decoder_norm", "decoder rows held at norm 1");
@@ -202,6 +242,7 @@ mod tests {
         };
         assert_eq!(refused(config.clone().with_batch(0)), "batch");
         assert_eq!(refused(config.clone().with_n_passes(0)), "n_passes");
+        assert_eq!(refused(config.clone().with_dead_after(0)), "dead_after");
         assert_eq!(refused(config.clone().with_clip_norm(Some(f64::NAN))), "clip_norm");
         assert_eq!(refused(config.clone().with_decoder_norm(-0.1)), "decoder_norm");
         assert_eq!(refused(config.clone().with_decoder(DecoderNorm::Unit)), "decoder_norm");
@@ -233,6 +274,16 @@ mod tests {
         let config = TrainConfig::new(8, jump_relu).with_schedule(anneal(8.0));
         assert_eq!(refused(config), "schedule.anneal");
         assert!(top_k(2).with_schedule(anneal(9.0)).validate(4).is_err());
+        let groups = |rescale_by_decoder_norm| {
+            let selecting = Selecting::new(Selection::GroupMax { k: 2 });
+            let selecting = Selecting { rescale_by_decoder_norm, ..selecting };
+            TrainConfig::new(8, Objective::new(Kind::Selecting(selecting)))
+        };
+        assert_eq!(groups(false).validate(4), Ok(()));
+        assert_eq!(refused(groups(false).with_schedule(anneal(4.0))), "schedule.anneal");
+        assert_eq!(refused(groups(true)), "rescale_by_decoder_norm");
+        let share = Objective { error: ErrorMeasure::Fvu, ..Objective::top_k(2) };
+        assert_eq!(refused(TrainConfig::new(8, share).with_batch(1)), "batch 1");
     }
 
     #[test]

@@ -5,9 +5,9 @@ use rand::{Rng, RngExt};
 use rand_distr::StandardNormal;
 
 use super::activation_matrix::ActivationMatrix;
-use super::config::{Centre, TrainConfig, Transcoder};
+use super::config::{Centre, InputScale, TrainConfig, Transcoder};
 use super::error::TrainError;
-use super::objective::{JumpRelu, Kind, ThresholdParameter};
+use super::objective::Kind;
 use super::parameters::{ParameterName, Parameters};
 use super::row_order::random_stream;
 use super::state::TrainState;
@@ -63,8 +63,18 @@ fn begin(
     if !(mean_norm.is_finite() && mean_norm > 0.0) {
         return Err(TrainError::MeanNorm { mean_norm });
     }
-    let input_scale = (d_in as f64).sqrt() / mean_norm;
+    let input_scale = match config.input_scale {
+        InputScale::AverageNorm => (d_in as f64).sqrt() / mean_norm,
+        InputScale::Raw | InputScale::ConstantNorm | InputScale::LayerNorm => 1.0,
+    };
     let sample = self::sample(target);
+    let normalized = match config.transcoder {
+        None => config.input_scale.normalization().normalize(rows(&sample, device)).0,
+        // What a transcoder writes is not normalised.
+        Some(_) => rows(&sample, device),
+    };
+    let values: Vec<f32> = normalized.into_data().try_into_vec_as().expect("floats");
+    let sample: Vec<&[f32]> = values.chunks(d_out).collect();
     let centre = match config.centre {
         Centre::Zero => vec![0.0; d_out],
         Centre::Mean => mean(&sample),
@@ -88,12 +98,8 @@ fn begin(
         parameters.insert(ParameterName::RMag, row(0.0));
         parameters.insert(ParameterName::BMag, row(0.0));
     }
-    if let Some(JumpRelu { threshold, initial_threshold, .. }) = config.jump_relu() {
-        let start = match threshold {
-            ThresholdParameter::Itself => *initial_threshold,
-            ThresholdParameter::Logarithm => initial_threshold.ln(),
-        };
-        parameters.insert(threshold.name(), row(start));
+    if let Some(kind) = config.jump_relu() {
+        parameters.insert(kind.threshold.name(), row(kind.start()));
     }
     if config.transcoder.is_some_and(|transcoder| transcoder.skip) {
         parameters.insert(ParameterName::WSkip, Tensor::zeros([d_out, d_in], device));
@@ -117,6 +123,11 @@ fn sample<'a>(activations: &ActivationMatrix<'a>) -> Vec<&'a [f32]> {
     let n = activations.n_rows();
     let n_sampled = n.min(SAMPLE);
     (0..n_sampled).map(|i| activations.row(i * n / n_sampled)).collect()
+}
+
+fn rows(sample: &[&[f32]], device: &Device) -> Tensor<2> {
+    let shape = [sample.len(), sample[0].len()];
+    Tensor::from_data(TensorData::new(sample.concat(), shape), device)
 }
 
 fn norm(row: &[f32]) -> f64 {
@@ -168,7 +179,9 @@ fn geometric_median(rows: &[&[f32]]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::{Gated, GatedAuxiliary, MatchingPursuit, Objective, Sparsity};
+    use crate::train::{
+        Gated, GatedAuxiliary, JumpRelu, MatchingPursuit, Objective, Sparsity, ThresholdParameter,
+    };
 
     fn top_k() -> TrainConfig {
         TrainConfig::new(6, Objective::top_k(2))
@@ -232,6 +245,30 @@ mod tests {
         let norms = crate::sae::row_norms(state.parameters.w_dec());
         let norms: Vec<f32> = norms.into_data().try_into_vec_as().expect("f32");
         assert!(norms.iter().all(|norm| (norm - 0.1).abs() < 1e-6));
+    }
+
+    #[test]
+    fn the_centre_is_that_of_scaled_rows() {
+        let values = [3.0, 4.0, -5.0, 12.0f32];
+        let activations = ActivationMatrix::new(&values, 2).expect("whole rows");
+        let centre = |input_scale| {
+            let config = top_k().with_input_scale(input_scale);
+            let state = TrainState::initial(&config, &activations, None, &Device::flex());
+            let state = state.expect("valid");
+            let b_dec = state.parameters.vector(ParameterName::BDec).into_data();
+            let b_dec: Vec<f32> = b_dec.try_into_vec_as().expect("f32");
+            (state.input_scale, b_dec)
+        };
+        assert_eq!(centre(InputScale::Raw), (1.0, vec![-1.0, 8.0]));
+        // (.6, .8) and (−5/13, 12/13), times √2.
+        let (scale, b_dec) = centre(InputScale::ConstantNorm);
+        let expected = [0.6 - 5.0 / 13.0, 0.8 + 12.0 / 13.0f32].map(|x| x / 2f32.sqrt());
+        let close = b_dec.iter().zip(expected).all(|(b, e)| (b - e).abs() < 1e-6);
+        assert!(scale == 1.0 && close, "{b_dec:?} for {expected:?}");
+        // Both rows rise: (−1, 1) / √2.
+        let (_, b_dec) = centre(InputScale::LayerNorm);
+        let half = 0.5f32.sqrt();
+        assert!((b_dec[0] + half).abs() < 1e-4 && (b_dec[1] - half).abs() < 1e-4, "{b_dec:?}");
     }
 
     #[test]

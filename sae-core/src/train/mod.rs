@@ -4,6 +4,8 @@
 //! x̃ = x · √d_in / mean‖x‖                    inputs of norm √d_in, on average
 //! ```
 //!
+//! unless [`InputScale`] says otherwise.
+//!
 //! A [`TrainConfig`] says what is minimised on them ([`Objective`]), by what optimiser
 //! ([`Optimizer`]) and over which course ([`Schedule`]). At the end the scale of the inputs is folded
 //! into the weights, and so are the norms of the decoder rows where that changes nothing: the
@@ -48,7 +50,7 @@ mod trainer;
 pub use activation_matrix::ActivationMatrix;
 pub use ages::Ages;
 pub use checkpoint::{CheckpointError, Checkpoints, Difference, PassedOver};
-pub use config::{Centre, TrainConfig, Transcoder};
+pub use config::{Centre, InputScale, TrainConfig, Transcoder};
 pub use decoder_norm::DecoderNorm;
 pub use error::TrainError;
 pub use fit::{Ended, Event, Fit, FitConfig, FitError, HeldOutFigures, Resumed, Run};

@@ -164,7 +164,7 @@ impl Moments {
     /// Forgets what concerns some latents.
     pub(super) fn forget(&mut self, latents: &[u32]) {
         for moments in [&mut self.first, &mut self.second] {
-            moments.map_latents(latents, |_, row| row.fill(0.0));
+            moments.map_latents(latents, |_, _, row| row.fill(0.0));
         }
     }
 }

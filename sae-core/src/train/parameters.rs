@@ -227,7 +227,7 @@ impl Parameters {
     pub(super) fn map_latents(
         &mut self,
         latents: &[u32],
-        change: impl Fn(ParameterName, &mut [f32]),
+        change: impl Fn(u32, ParameterName, &mut [f32]),
     ) {
         for (&name, tensor) in &mut self.tensors {
             let [n_rows, n_columns] = tensor.dims();
@@ -239,7 +239,7 @@ impl Parameters {
             let data = tensor.to_data();
             let mut values: Vec<f32> = data.try_into_vec_as().expect("floats convert to f32");
             for &latent in latents {
-                change(name, &mut values[latent as usize * width..][..width]);
+                change(latent, name, &mut values[latent as usize * width..][..width]);
             }
             let data = TensorData::new(values, [n_rows, n_columns]);
             *tensor = Tensor::from_data(data, &tensor.device());

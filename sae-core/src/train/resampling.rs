@@ -6,7 +6,7 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 use super::error::TrainError;
-use super::objective::Batch;
+use super::objective::{Batch, JumpRelu};
 use super::parameters::{ParameterName, Parameters};
 
 /// Share of the norm of living encoder rows that a new one gets.
@@ -57,6 +57,7 @@ impl Resampling {
         batch: &Batch,
         is_centred: bool,
         row_errors: &Tensor<1>,
+        jump_relu: Option<&JumpRelu>,
         dead: &[u32],
         mut random: ChaCha8Rng,
     ) -> Vec<u32> {
@@ -80,10 +81,10 @@ impl Resampling {
         let lengths =
             |name| parameters.get(name).map_or(0.0, |rows| mean_norm_but(rows.clone(), dead));
         let (encoder, decoder) = (lengths(ParameterName::WEnc), lengths(ParameterName::WDec));
-        let place = |latent| revived.binary_search(&latent).expect("one of them");
-        for &latent in revived {
+        let place = |latent: u32| revived.binary_search(&latent).expect("one of them");
+        parameters.map_latents(revived, |latent, name, values| {
             let (read, written) = (&read[place(latent)], &written[place(latent)]);
-            parameters.map_latents(&[latent], |name, values| match name {
+            match name {
                 ParameterName::WEnc => {
                     let length = match self.rule {
                         ResamplingRule::Anthropic => 1.0 / norm(read),
@@ -93,9 +94,13 @@ impl Resampling {
                 }
                 ParameterName::WDec => scale_into(values, written, decoder / norm(written)),
                 ParameterName::BEnc | ParameterName::RMag | ParameterName::BMag => values.fill(0.0),
-                _ => {}
-            });
-        }
+                // A threshold that outgrew its latent would keep it dead.
+                ParameterName::Threshold | ParameterName::LogThreshold => {
+                    values.fill(jump_relu.map_or(0.0, |kind| kind.start() as f32));
+                }
+                ParameterName::BDec | ParameterName::WSkip => {}
+            }
+        });
         revived.to_vec()
     }
 }
@@ -140,6 +145,7 @@ fn scale_into(values: &mut [f32], row: &[f32], scale: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::ThresholdParameter;
     use burn::tensor::Device;
     use rand::SeedableRng;
 
@@ -162,7 +168,8 @@ mod tests {
         let errors = Tensor::from_data([0.0, 3.0], &device);
         let resampling = Resampling::new(10).with_rule(rule);
         let random = ChaCha8Rng::seed_from_u64(0);
-        let revived = resampling.resample(&mut parameters, &batch, true, &errors, &[1, 2], random);
+        let revived =
+            resampling.resample(&mut parameters, &batch, true, &errors, None, &[1, 2], random);
         (parameters, revived)
     }
 
@@ -177,6 +184,25 @@ mod tests {
         assert_eq!(vector(&parameters, ParameterName::BEnc), [5.0, 0.0, 7.0]);
         let (parameters, _) = resampled(ResamplingRule::DictionaryLearning);
         assert_eq!(vector(&parameters, ParameterName::WEnc)[2..4], [3.0, 4.0]);
+    }
+
+    #[test]
+    fn a_threshold_starts_again() {
+        let device = Device::flex();
+        let mut parameters =
+            Parameters::tied(Tensor::ones([2, 1], &device), Tensor::zeros([1], &device));
+        parameters.insert(ParameterName::LogThreshold, Tensor::from_data([[5.0, 6.0]], &device));
+        let batch = Batch::from(Tensor::from_data([[3.0]], &device));
+        let errors = Tensor::from_data([1.0], &device);
+        let kind = JumpRelu {
+            threshold: ThresholdParameter::Logarithm,
+            initial_threshold: 1.0,
+            ..JumpRelu::new(0.1)
+        };
+        let random = ChaCha8Rng::seed_from_u64(0);
+        let resampling = Resampling::new(1);
+        resampling.resample(&mut parameters, &batch, true, &errors, Some(&kind), &[1], random);
+        assert_eq!(vector(&parameters, ParameterName::LogThreshold), [5.0, 0.0]);
     }
 
     #[test]

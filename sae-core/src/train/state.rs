@@ -123,6 +123,7 @@ impl TrainState {
                 &batch,
                 objective.apply_b_dec_to_input,
                 &row_errors,
+                config.jump_relu(),
                 &self.ages.dead(config.dead_after),
                 random_stream(config.seed, RESAMPLING_STREAM + self.step as u64),
             );

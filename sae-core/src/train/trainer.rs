@@ -45,9 +45,10 @@ pub struct Progress {
     pub step: usize,
     /// Steps of the run.
     pub n_steps: usize,
-    /// The loss before this step, on inputs of norm `√d_in`: about `d_in` is nothing learnt.
+    /// The loss before this step. The squared error on inputs of norm `√d_in` is about `d_in` where
+    /// nothing is learnt.
     pub loss: f64,
-    /// Latents above zero per activation.
+    /// Latents that are not zero, per activation.
     pub l0: f64,
     /// Latents that count as dead.
     pub n_dead: usize,
@@ -122,7 +123,8 @@ impl Trainer {
     ///
     /// # Errors
     /// If the column is not there or has another width, the stream cannot be read or ends before,
-    /// or the loss or its gradient stops being a number.
+    /// the loss or its gradient stops being a number, or this is a transcoder, which
+    /// [`Fit`](super::Fit) gives its targets.
     pub fn fit(
         &mut self,
         source: &mut impl ActivationSource,
@@ -130,6 +132,10 @@ impl Trainer {
         n_steps: usize,
         mut progress: impl FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<(), FitError> {
+        if self.config.transcoder.is_some() {
+            let (option, with) = ("transcoder", "activations without a target");
+            return Err(TrainError::Conflict { option, with }.into());
+        }
         let column = column_idx(source.columns(), column)?;
         self.check_width(source.columns()[column].width)?;
         let batch = self.config.batch;
@@ -159,8 +165,8 @@ impl Trainer {
         n_steps: usize,
     ) -> (Progress, Option<TrainError>) {
         let step = self.state.step;
-        let batch =
-            Batch { x: self.scaled(values), target: target.map(|target| self.scaled(target)) };
+        let (x, _) = self.config.input_scale.normalization().normalize(self.scaled(values));
+        let batch = Batch { x, target: target.map(|target| self.scaled(target)) };
         let (loss, l0, skipped) = match self.state.step(batch, &self.config, n_steps) {
             StepOutcome::Taken(report) => (report.loss, report.l0, None),
             StepOutcome::Skipped { loss } if loss.is_finite() => {
@@ -175,7 +181,7 @@ impl Trainer {
         (Progress { run_idx: 0, step, n_steps, loss, l0, n_dead, n_skipped }, skipped)
     }
 
-    /// A batch of inputs or targets, times the scale of the inputs.
+    /// A batch of inputs or targets, times the factor that all have in common.
     fn scaled(&self, values: &[f32]) -> Tensor<2> {
         let scale = self.state.input_scale as f32;
         let scaled: Vec<f32> = values.iter().map(|value| value * scale).collect();

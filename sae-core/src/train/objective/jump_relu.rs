@@ -118,6 +118,14 @@ impl JumpRelu {
         }
     }
 
+    /// Where the parameter that is trained starts.
+    pub(in crate::train) fn start(&self) -> f64 {
+        match self.threshold {
+            ThresholdParameter::Itself => self.initial_threshold,
+            ThresholdParameter::Logarithm => self.initial_threshold.ln(),
+        }
+    }
+
     pub(super) fn run(&self, pass: &mut Pass, dead: &[u32]) -> (Entries, Tensor<1>) {
         let threshold = pass.parameters.threshold().expect("a JumpReLU has a threshold");
         // Entries just below their thresholds take part in the estimators. What the kernel looks at

@@ -27,11 +27,12 @@ pub struct Selecting {
     pub selection: Selection,
     /// Whether latents are ranked by what they write, `p ⊙ ‖w_dec[i]‖` (SAELens'
     /// `rescale_acts_by_decoder_norm`). Between encoder and decoder the norms cancel, values and
-    /// gradients, so they appear in the ranking alone. Groups are not ranked.
+    /// gradients, so they appear in the ranking alone. Groups are not ranked: false there.
     pub rescale_by_decoder_norm: bool,
     /// A gradient for dead latents.
     pub aux_k: Option<AuxK>,
-    /// How the threshold is found that stands in for a selection over the batch afterwards.
+    /// How the threshold is found that stands in for a selection over the batch afterwards. Others
+    /// may have one taken too: it stands in [`TrainState::threshold`](crate::train::TrainState).
     pub threshold: Option<RunningThreshold>,
 }
 
@@ -105,9 +106,10 @@ pub enum RunningThreshold {
 }
 
 impl Selecting {
-    /// Ranked by what latents write, without AuxK and threshold.
+    /// Ranked by what latents write, unless in groups; without AuxK and threshold.
     pub fn new(selection: Selection) -> Self {
-        Self { selection, rescale_by_decoder_norm: true, aux_k: None, threshold: None }
+        let rescale_by_decoder_norm = !matches!(selection, Selection::GroupMax { .. });
+        Self { selection, rescale_by_decoder_norm, aux_k: None, threshold: None }
     }
 
     pub(super) fn run(&self, pass: &mut Pass, dead: &[u32]) -> (Entries, Tensor<1>) {
@@ -194,6 +196,10 @@ impl Selecting {
             aux_k.validate()?;
         }
         match &self.selection {
+            Selection::GroupMax { .. } if self.rescale_by_decoder_norm => {
+                let (option, with) = ("rescale_by_decoder_norm", "groups, which are not ranked");
+                return Err(TrainError::Conflict { option, with });
+            }
             Selection::GroupMax { k } if !d_sae.is_multiple_of(*k) => {
                 return Err(ConfigError::K { k: *k, d_sae }.into());
             }
