@@ -12,7 +12,7 @@
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
 //! | [`rms_norm`], [`nonlinear`], [`gated`], [`rotary`] | fused |
 //! | [`attention`] | fused without a prefix and a soft cap, else through the plain default |
-//! | [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
+//! | [`sparse_encode_with`], [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
 //! | [`adam_step`], [`adam_step_rows`], [`fit_residual`] | none |
 
 mod autodiff;
@@ -456,8 +456,8 @@ pub struct ResidualFit {
 /// How well selected entries of `p = x·w + bias` fit a residual: `e = z · rows + residual`, with `z`
 /// what [`sparse_encode`] would keep of `p`, and where `½ Σ ‖e[i]‖²` falls. Nothing reaches `x`.
 ///
-/// `products` are `x·w`. For selections that keep a large share of the columns; of the rest, nothing
-/// as large as `[n, m]` is kept (by the plain default it is).
+/// `products` are `x·w`, as [`sparse_encode_with`] gives them. The work is that of dense products, on
+/// some rows at a time: it is for selections that keep a large share of few columns.
 ///
 /// # Shapes
 /// `x`: `[n, d]`, `products`: `[n, m]`, `bias` and `by`: `[m]`, `rows`: `[m, d_out]`, `residual`:

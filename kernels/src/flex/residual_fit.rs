@@ -174,9 +174,8 @@ multiversion! {
                 n_too_many -= 1;
             }
         }
-        let floor = if rule.positive { 0.0 } else { f32::NEG_INFINITY };
         for i in 0..m {
-            let is_kept = keys[i] >= bar && !(out[i] <= floor);
+            let is_kept = keys[i] >= bar && (!rule.positive || out[i] > 0.0);
             out[i] = if is_kept { out[i] } else { LEFT_OUT };
         }
     }

@@ -17,9 +17,8 @@ use crate::train::error::TrainError;
 /// loss = coefficient · c · Σ ‖s g − r‖²
 /// ```
 ///
-/// with `c` held fixed so that the sum counts as much as the error of the reconstruction does. What
-/// all dead latents decode to is a matrix product: AuxK, of the `k` largest, costs less and is what
-/// took its place.
+/// with `c` held fixed so that the sum counts as much as the error of the reconstruction does. All
+/// dead latents take part, in dense products: AuxK, of the `k` largest, has taken its place.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GhostGradients {
@@ -105,11 +104,11 @@ mod tests {
         // The residual is (0, 3), the ghost (0, 1.5): s g − r = (0, −1.5), of square 2.25. To count
         // 9 it is taken 4 times, and the slope at the ghost is 2 · 4 · (−1.5) = −12; `s exp(p)` is
         // 1.5, so it is −18 at p, and at w_dec[1] as well.
-        for bias in [-150.0, -1.0, 1.0, 150.0] {
-            let ghost = found(bias.min(0.9), Some(GhostGradients::new()));
+        for bias in [-150.0, -1.0, 0.0, 0.9] {
+            let ghost = found(bias, Some(GhostGradients::new()));
             assert_eq!(ghost.terms[1], (Term::GhostGradients, 9.0));
             assert_eq!(ghost.loss, 18.0);
-            let plain = found(bias.min(0.9), None);
+            let plain = found(bias, None);
             let row = |found: &crate::train::Differentiated, name| -> TensorData {
                 let tensor = found.gradient.get(name).expect("there").clone();
                 match name {

@@ -324,6 +324,7 @@ impl<'a> Pass<'a> {
             return (weighted(weight), weight);
         };
         let upstream = downstream(error.clone() + self.y.clone());
+        assert_eq!(upstream.gradient.dims(), error.dims(), "a gradient at another place");
         self.terms.push((Term::Downstream, upstream.loss));
         let weight = weight * upstream.error_weight;
         (weighted(weight) + upstream.gradient.div_scalar(2.0 * self.error_scale), weight)
