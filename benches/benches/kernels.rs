@@ -12,8 +12,8 @@ use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
-    adam_step, attention, dot_rows, gated, layer_norm, linear, rms_norm, rotary, sparse_decode,
-    sparse_encode, top_k,
+    adam_step, adam_step_rows, attention, dot_rows, fit_residual, gated, layer_norm, linear,
+    rms_norm, rotary, sparse_decode, sparse_encode, top_k,
 };
 
 /// Activations of a training step.
@@ -41,6 +41,8 @@ fn main() {
     encoder(&mut criterion, &device);
     decoder(&mut criterion, &device);
     optimiser(&mut criterion, &device);
+    row_lazy(&mut criterion, &device);
+    dead_latents(&mut criterion, &device);
     few_rows(&mut criterion, &device);
     blocks(&mut criterion, &device);
     gradients(&mut criterion, &device.clone().autodiff());
@@ -98,6 +100,54 @@ fn optimiser(criterion: &mut Criterion, device: &Device) {
             step += 1;
             let config = AdamConfig::new(4e-4);
             now = Some(adam_step(parameter, gradient.clone(), state, step, config));
+        });
+    });
+    group.finish();
+}
+
+/// A wide SAE of whose latents a share has a gradient.
+fn row_lazy(criterion: &mut Criterion, device: &Device) {
+    const WIDE: usize = 4 * D_SAE;
+    let mut group = criterion.benchmark_group("row_lazy");
+    group.sample_size(10).throughput(Throughput::Elements((WIDE * D_MODEL) as u64));
+    for percent in [100, 50, 10] {
+        let mut step = 0;
+        let has_gradient = Tensor::<1, Int>::arange(0..WIDE as i64, device)
+            .lower_elem((percent * WIDE / 100) as i64)
+            .float()
+            .unsqueeze_dim::<2>(1);
+        let gradient: Tensor<2> = noise([WIDE, D_MODEL], device) * has_gradient;
+        let zeros = || Tensor::zeros([WIDE, D_MODEL], device);
+        let state = AdamState { first: zeros(), second: zeros() };
+        let mut now = Some((noise([WIDE, D_MODEL], device), state));
+        group.bench_function(BenchmarkId::new("adam_step_rows", percent), |b| {
+            b.iter(|| {
+                let (parameter, state) = now.take().expect("put back after every step");
+                step += 1;
+                let config = AdamConfig::new(4e-4);
+                now = Some(adam_step_rows(parameter, gradient.clone(), state, step, config));
+            });
+        });
+    }
+    group.finish();
+}
+
+/// A tenth of the latents are dead, and fit a residual with half as many as it is wide. The product
+/// is one of the four that are needed.
+fn dead_latents(criterion: &mut Criterion, device: &Device) {
+    const N_DEAD: usize = D_SAE / 10;
+    let matrix = |shape: [usize; 2]| noise::<2>(shape, device);
+    let (x, products) = (matrix([BATCH, D_MODEL]), matrix([BATCH, N_DEAD]));
+    let (rows, residual) = (matrix([N_DEAD, D_MODEL]), matrix([BATCH, D_MODEL]));
+    let vector = || Tensor::ones([N_DEAD], device);
+    let mut group = criterion.benchmark_group("dead_latents");
+    group.sample_size(10).throughput(Throughput::Elements(BATCH as u64));
+    group.bench_function("plain_matmul", |b| b.iter(|| products.clone().matmul(rows.clone())));
+    group.bench_function("fit_residual", |b| {
+        b.iter(|| {
+            let (products, rows) = (products.clone(), rows.clone());
+            let select = Select::TopKSigned(D_MODEL / 2);
+            fit_residual(x.clone(), products, [vector(), vector()], rows, residual.clone(), select)
         });
     });
     group.finish();

@@ -7,9 +7,9 @@ use anyhow::{Result, bail};
 use burn::tensor::{Device, Distribution, Tensor};
 use kernels::top_k;
 use sae_core::train::{
-    ActivationMatrix, AuxK, AuxKRule, Gated, GatedAuxiliary, JumpRelu, Kind, Objective,
-    ParameterName, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome, TrainConfig,
-    TrainState,
+    ActivationMatrix, AuxK, AuxKRule, Betas, Gated, GatedAuxiliary, JumpRelu, Kind, Objective,
+    Optimizer, ParameterName, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome,
+    TrainConfig, TrainState,
 };
 use serde::Serialize;
 
@@ -34,9 +34,15 @@ pub(crate) struct Options {
     /// that the run starts with.
     #[arg(long, default_value_t = 32)]
     k: usize,
-    /// Share of latents that are dead; they get the gradient of AuxK.
+    /// Share of latents that are dead; they get the gradient of AuxK, if the kind has it.
     #[arg(long, default_value_t = 0.0)]
     dead: f64,
+    /// Leaves dead latents without the gradient of AuxK.
+    #[arg(long)]
+    without_aux: bool,
+    /// Row-lazy Adam in place of Adam: latents without a gradient cost nothing.
+    #[arg(long)]
+    row_lazy: bool,
     /// Steps measured, after three to warm up.
     #[arg(long, default_value_t = 15)]
     steps: usize,
@@ -62,6 +68,7 @@ struct Line {
     l0: f64,
     /// Share of latents that were dead.
     dead: f64,
+    row_lazy: bool,
     tokens_per_s: f64,
     /// Median.
     step_s: f64,
@@ -75,7 +82,7 @@ struct Line {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let &Options { d_in, d_sae, batch, kind, k, dead, steps } = options;
+    let &Options { d_in, d_sae, batch, kind, k, dead, without_aux, row_lazy, steps } = options;
     let device = Device::flex();
     let read_gb_s = read_bandwidth() / 1e9;
     examples::allocator::keep_pages();
@@ -91,8 +98,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         start.elapsed().as_secs_f64()
     };
-    let config = TrainConfig::new(d_sae, objective(kind, k, dead > 0.0))
+    let optimizer = match row_lazy {
+        true => Optimizer::RowLazyAdam(Betas::new()),
+        false => Optimizer::Adam(Betas::new()),
+    };
+    let config = TrainConfig::new(d_sae, objective(kind, k, dead > 0.0 && !without_aux))
         .with_batch(batch)
+        .with_optimizer(optimizer)
         .with_clip_norm(Some(1.0))
         .with_dead_after(1);
     let values: Vec<f32> = x.to_data().try_to_vec().expect("f32");
@@ -123,6 +135,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         batch,
         l0,
         dead,
+        row_lazy,
         tokens_per_s: batch as f64 / step_s,
         step_s,
         encoder_gemm_s,

@@ -12,8 +12,8 @@
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
 //! | [`rms_norm`], [`nonlinear`], [`gated`], [`rotary`] | fused |
 //! | [`attention`] | fused without a prefix and a soft cap, else through the plain default |
-//! | [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
-//! | [`adam_step`] | none |
+//! | [`sparse_encode_with`], [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
+//! | [`adam_step`], [`adam_step_rows`], [`fit_residual`] | none |
 
 mod autodiff;
 #[cfg(feature = "flex")]
@@ -23,6 +23,7 @@ mod ndarray;
 mod ops;
 mod plain_attention;
 mod plain_encode;
+mod plain_training;
 
 pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select};
 
@@ -70,6 +71,25 @@ pub fn sparse_encode(
     by: Tensor<1>,
     select: Select,
 ) -> (Tensor<2>, Tensor<2, Int>) {
+    assert_encodes(&x, &w, [&bias, &by], select);
+    let (values, indices) = Dispatch::sparse_encode(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        bias.into_dispatch(),
+        by.into_dispatch(),
+        select,
+    );
+    (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
+}
+
+/// Refuses what cannot be encoded; gives the number of columns.
+fn assert_encodes(
+    x: &Tensor<2>,
+    w: &Tensor<2>,
+    by_column: [&Tensor<1>; 2],
+    select: Select,
+) -> usize {
+    let [bias, by] = by_column;
     let ([n, d], [w_rows, m]) = (x.dims(), w.dims());
     assert_eq!(d, w_rows, "sparse_encode: x has {d} columns, w {w_rows} rows");
     assert_eq!(bias.dims(), [m], "sparse_encode: bias does not fit w");
@@ -84,14 +104,35 @@ pub fn sparse_encode(
     if let Select::GroupMax(k) = select {
         assert!(m.is_multiple_of(k), "sparse_encode: {m} entries make no {k} groups");
     }
-    let (values, indices) = Dispatch::sparse_encode(
+    m
+}
+
+/// [`sparse_encode`], and the products `x·w` at some columns besides, which the selection makes
+/// anyway: values, indices, and these.
+///
+/// # Shapes
+/// As [`sparse_encode`], `among`: `[m']`; the products: `[n, m']`.
+///
+/// # Panics
+/// As [`sparse_encode`], or if (on CPU) a column is not below `m`.
+pub fn sparse_encode_with(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    [bias, by]: [Tensor<1>; 2],
+    select: Select,
+    among: Tensor<1, Int>,
+) -> (Tensor<2>, Tensor<2, Int>, Tensor<2>) {
+    let m = assert_encodes(&x, &w, [&bias, &by], select);
+    assert!(among.dims()[0] <= m, "sparse_encode_with: {} of {m} columns", among.dims()[0]);
+    let (values, indices, products) = Dispatch::sparse_encode_with(
         x.into_dispatch(),
         w.into_dispatch(),
         bias.into_dispatch(),
         by.into_dispatch(),
         select,
+        among.into_dispatch(),
     );
-    (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
+    (Tensor::from_dispatch(values), Tensor::from_dispatch(indices), Tensor::from_dispatch(products))
 }
 
 /// `out[i] = Σ_j values[i, j] · rows[indices[i, j]]`: a sparse matrix times a dense one.
@@ -364,4 +405,98 @@ pub fn adam_step(
         Tensor::from_dispatch(parameter),
         AdamState { first: Tensor::from_dispatch(first), second: Tensor::from_dispatch(second) },
     )
+}
+
+/// [`adam_step`] for the rows whose gradient is not zero everywhere. The others stay as they are,
+/// moments included: another optimiser, whose cost falls with the share of rows that it moves.
+///
+/// # Shapes
+/// All of them `[n, m]`.
+///
+/// # Panics
+/// If the shapes differ or `step` is zero.
+pub fn adam_step_rows(
+    parameter: Tensor<2>,
+    gradient: Tensor<2>,
+    state: AdamState,
+    step: usize,
+    config: AdamConfig,
+) -> (Tensor<2>, AdamState) {
+    assert_eq!(parameter.dims(), gradient.dims(), "adam_step_rows: gradient");
+    assert_eq!(parameter.dims(), state.first.dims(), "adam_step_rows: moments");
+    assert_eq!(parameter.dims(), state.second.dims(), "adam_step_rows: moments");
+    assert!(step > 0, "adam_step_rows: steps count from 1");
+    let (parameter, first, second) = Dispatch::adam_step_rows(
+        parameter.into_dispatch(),
+        gradient.into_dispatch(),
+        state.first.into_dispatch(),
+        state.second.into_dispatch(),
+        step,
+        config,
+    );
+    (
+        Tensor::from_dispatch(parameter),
+        AdamState { first: Tensor::from_dispatch(first), second: Tensor::from_dispatch(second) },
+    )
+}
+
+/// What [`fit_residual`] finds.
+#[derive(Debug, Clone)]
+pub struct ResidualFit {
+    /// `‖e[i]‖²`, `[n]`.
+    pub squares: Tensor<1>,
+    /// The gradient of `½ Σ ‖e[i]‖²` at `rows`, `[m, d_out]`.
+    pub rows: Tensor<2>,
+    /// The same at `w`, transposed: `[m, d]`.
+    pub w: Tensor<2>,
+    /// The same at `bias`, `[m]`.
+    pub bias: Tensor<1>,
+}
+
+/// How well selected entries of `p = x·w + bias` fit a residual: `e = z · rows + residual`, with `z`
+/// what [`sparse_encode`] would keep of `p`, and where `½ Σ ‖e[i]‖²` falls. Nothing reaches `x`.
+///
+/// `products` are `x·w`, as [`sparse_encode_with`] gives them. The work is that of dense products, on
+/// some rows at a time: it is for selections that keep a large share of few columns.
+///
+/// # Shapes
+/// `x`: `[n, d]`, `products`: `[n, m]`, `bias` and `by`: `[m]`, `rows`: `[m, d_out]`, `residual`:
+/// `[n, d_out]`.
+///
+/// # Panics
+/// If a shape does not fit, or the selection is not one by rows of 1 to `m` entries.
+pub fn fit_residual(
+    x: Tensor<2>,
+    products: Tensor<2>,
+    [bias, by]: [Tensor<1>; 2],
+    rows: Tensor<2>,
+    residual: Tensor<2>,
+    select: Select,
+) -> ResidualFit {
+    let ([n, m], [_, d_out]) = (products.dims(), rows.dims());
+    assert_eq!(x.dims()[0], n, "fit_residual: x does not fit the products");
+    assert_eq!(rows.dims(), [m, d_out], "fit_residual: rows do not fit the products");
+    assert_eq!(residual.dims(), [n, d_out], "fit_residual: residual");
+    assert_eq!((bias.dims(), by.dims()), ([m], [m]), "fit_residual: bias or by does not fit");
+    match select {
+        Select::TopK(k) | Select::TopKSigned(k) | Select::TopKMagnitude(k) => {
+            assert!(0 < k && k <= m, "fit_residual: {select:?} of {m} columns");
+        }
+        _ => panic!("fit_residual: {select:?} is not a selection by rows"),
+    }
+    let (squares, rows, w, bias) = Dispatch::fit_residual(
+        x.into_dispatch(),
+        products.into_dispatch(),
+        bias.into_dispatch(),
+        by.into_dispatch(),
+        rows.into_dispatch(),
+        residual.into_dispatch(),
+        select,
+    );
+    ResidualFit {
+        squares: Tensor::from_dispatch(squares),
+        rows: Tensor::from_dispatch(rows),
+        w: Tensor::from_dispatch(w),
+        bias: Tensor::from_dispatch(bias),
+    }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::plain_attention::{plain_attention, plain_attention_backward};
 use crate::plain_encode::plain_encode;
+use crate::plain_training::{plain_adam_step_rows, plain_fit_residual, products_of};
 
 /// The constants of an Adam step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -125,6 +126,19 @@ pub trait KernelOps: Backend {
         select: Select,
     ) -> (FloatTensor<Self>, IntTensor<Self>) {
         plain_encode::<Self>(x, w, bias, by, select)
+    }
+
+    fn sparse_encode_with(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        by: FloatTensor<Self>,
+        select: Select,
+        among: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+        let products = products_of::<Self>(x.clone(), w.clone(), among);
+        let (values, indices) = Self::sparse_encode(x, w, bias, by, select);
+        (values, indices, products)
     }
 
     fn sparse_decode(
@@ -417,6 +431,29 @@ pub trait KernelOps: Backend {
             Self::float_add_scalar(root, epsilon.into()),
         );
         (Self::float_sub(parameter, update), first, second)
+    }
+
+    fn adam_step_rows(
+        parameter: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: usize,
+        config: AdamConfig,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        plain_adam_step_rows::<Self>(parameter, gradient, [first, second], step, config)
+    }
+
+    fn fit_residual(
+        x: FloatTensor<Self>,
+        products: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        by: FloatTensor<Self>,
+        rows: FloatTensor<Self>,
+        residual: FloatTensor<Self>,
+        select: Select,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        plain_fit_residual::<Self>(x, products, [bias, by], rows, residual, select)
     }
 }
 

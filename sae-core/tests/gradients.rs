@@ -175,7 +175,11 @@ fn problem(name: &str, seed: u64) -> Problem {
     let x = matrix(random, [n, d_in], 1.5);
     let target = transcodes.then(|| matrix(random, [n, d_out], 1.5));
     let dead = (0..d_sae as u32).filter(|_| random.random_bool(0.4)).collect();
-    let objective = Objective { kind, error, apply_b_dec_to_input };
+    let has_aux_k = matches!(&kind, Kind::Selecting(Selecting { aux_k: Some(_), .. }));
+    let may_have_ghosts = name != "matching_pursuit" && !has_aux_k;
+    let ghost_gradients = (may_have_ghosts && random.random_bool(0.4))
+        .then(|| GhostGradients { coefficient: random.random_range(0.2..1.5) });
+    let objective = Objective { kind, error, apply_b_dec_to_input, ghost_gradients };
     objective.validate(d_sae).expect("a valid objective");
     let parameters = parameters.into_iter().collect();
     Problem { objective, point: Point { parameters, x, target }, dead }
@@ -239,6 +243,7 @@ fn aux_k_reaches_the_encoder_of_dead_latents() {
         let Problem { mut objective, mut point, .. } = problems.next().expect("one of many");
         let Kind::Selecting(kind) = &mut objective.kind else { panic!("another kind") };
         kind.aux_k = Some(AuxK { coefficient: 1.0, k: None, rule });
+        objective.ghost_gradients = None;
         // Latent 0 is never selected, and its pre-activations lie close to zero on either side.
         let w_enc = point.parameters.get_mut(&ParameterName::WEnc).expect("an encoder");
         let d_in = w_enc.shape[1];

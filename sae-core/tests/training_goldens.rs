@@ -294,13 +294,13 @@ fn golden_training_sparsify() {
         };
         let aux_k = AuxK { coefficient: 1.0 / 32.0, k: None, rule: AuxKRule::Sparsify };
         let objective = |selection, aux_k| Objective {
-            kind: Kind::Selecting(Selecting {
+            error: ErrorMeasure::Fvu,
+            apply_b_dec_to_input: config["transcode"] != true,
+            ..Objective::new(Kind::Selecting(Selecting {
                 rescale_by_decoder_norm: false,
                 aux_k,
                 ..Selecting::new(selection)
-            }),
-            error: ErrorMeasure::Fvu,
-            apply_b_dec_to_input: config["transcode"] != true,
+            }))
         };
         let (x, target) = (golden.matrix("x").expect("activations"), golden.matrix("y"));
         let batch = Batch { x, target };

@@ -147,9 +147,9 @@ fn a_transcoder_with_a_skip_learns_another_activation() {
     .collect();
     let selecting = Selecting::new(Selection::TopK { k: 4 });
     let objective = Objective {
-        kind: Kind::Selecting(selecting),
         error: ErrorMeasure::Fvu,
         apply_b_dec_to_input: false,
+        ..Objective::new(Kind::Selecting(selecting))
     };
     let config = TrainConfig::new(D_SAE, objective)
         .with_transcoder(Some(Transcoder { d_out: 3, skip: true }))

@@ -33,7 +33,7 @@ pub(super) fn step(
 }
 
 #[derive(Clone, Copy)]
-struct Constants {
+pub(super) struct Constants {
     beta_1: f32,
     beta_2: f32,
     rate: f32,
@@ -43,7 +43,7 @@ struct Constants {
 }
 
 impl Constants {
-    fn new(config: &AdamConfig, step: usize) -> Self {
+    pub(super) fn new(config: &AdamConfig, step: usize) -> Self {
         let (correction_1, correction_2) = bias_corrections(config, step);
         Self {
             beta_1: config.beta_1 as f32,
@@ -57,7 +57,7 @@ impl Constants {
 }
 
 multiversion! {
-    fn step_slice(
+    pub(super) fn step_slice(
         parameter: &mut [f32],
         gradient: &[f32],
         first: &mut [f32],

@@ -68,7 +68,7 @@ pub(super) fn sparse_encode(
 }
 
 /// Calls `consume` with some rows of `x · w` after the other, and their width.
-fn for_each_tile(x: Float, w: Float, mut consume: impl FnMut(&[f32], usize)) {
+pub(super) fn for_each_tile(x: Float, w: Float, mut consume: impl FnMut(&[f32], usize)) {
     let ([n, _], [_, m]) = (dims::<2>(&x), dims::<2>(&w));
     for start in (0..n).step_by(TILE_ROWS) {
         let end = (start + TILE_ROWS).min(n);

@@ -1,11 +1,14 @@
 //! Hand-written CPU kernels for Burn's `flex` backend: rayon over rows, SIMD by run-time detection.
 
 mod adam;
+mod adam_rows;
 mod attention;
 mod attention_backward;
 mod dense;
 mod encode;
+mod encode_with;
 mod nonlinear;
+mod residual_fit;
 mod rowwise;
 mod simd;
 mod sparse;
@@ -28,6 +31,17 @@ impl KernelOps for Flex {
 
     fn sparse_encode(x: Float, w: Float, bias: Float, by: Float, select: Select) -> (Float, Int) {
         encode::sparse_encode(x, w, bias, by, select)
+    }
+
+    fn sparse_encode_with(
+        x: Float,
+        w: Float,
+        bias: Float,
+        by: Float,
+        select: Select,
+        among: Int,
+    ) -> (Float, Int, Float) {
+        encode_with::sparse_encode_with(x, w, bias, by, select, among)
     }
 
     fn sparse_decode(indices: Int, values: Float, rows: Float) -> Float {
@@ -123,6 +137,29 @@ impl KernelOps for Flex {
         config: AdamConfig,
     ) -> (Float, Float, Float) {
         adam::step(parameter, gradient, first, second, step, &config)
+    }
+
+    fn adam_step_rows(
+        parameter: Float,
+        gradient: Float,
+        first: Float,
+        second: Float,
+        step: usize,
+        config: AdamConfig,
+    ) -> (Float, Float, Float) {
+        adam_rows::step(parameter, gradient, first, second, step, &config)
+    }
+
+    fn fit_residual(
+        x: Float,
+        products: Float,
+        bias: Float,
+        by: Float,
+        rows: Float,
+        residual: Float,
+        select: Select,
+    ) -> (Float, Float, Float, Float) {
+        residual_fit::fit(x, products, bias, by, rows, residual, select)
     }
 }
 

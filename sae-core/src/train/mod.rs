@@ -16,11 +16,12 @@
 //! | standard (L1, Lᵖ), p-annealing | [`Standard`], [`Sparsity`], [`Anneal`] |
 //! | gated | [`Gated`], [`GatedAuxiliary`] |
 //! | TopK, multi-TopK, AbsTopK, GroupMax, BatchTopK, Matryoshka, k-annealing | [`Selecting`], [`Selection`] |
-//! | AuxK for dead latents | [`AuxK`], [`AuxKRule`] |
+//! | AuxK for dead latents, ghost gradients | [`AuxK`], [`AuxKRule`], [`GhostGradients`] |
 //! | JumpReLU | [`JumpRelu`], [`L0Loss`], [`StraightThrough`] |
 //! | matching pursuit | [`MatchingPursuit`] |
 //! | transcoders, with and without a skip | [`Transcoder`], [`Batch`] |
 //! | unit decoder rows, resampling | [`DecoderNorm`], [`Resampling`] |
+//! | the divergence of a language model's predictions | [`EndToEnd`], [`Upstream`] |
 //!
 //! A run is determined by its configuration and its activations, bit for bit on one machine: all
 //! that it has to remember between two steps is a [`TrainState`] and the position in the stream of
@@ -34,6 +35,7 @@ mod ages;
 mod checkpoint;
 mod config;
 mod decoder_norm;
+mod end_to_end;
 mod error;
 mod fit;
 mod initial;
@@ -52,14 +54,16 @@ pub use ages::Ages;
 pub use checkpoint::{CheckpointError, Checkpoints, Difference, PassedOver};
 pub use config::{Centre, InputScale, TrainConfig, Transcoder};
 pub use decoder_norm::DecoderNorm;
+pub use end_to_end::{EndToEnd, EndToEndError};
 pub use error::TrainError;
 pub use fit::{Ended, Event, Fit, FitConfig, FitError, HeldOutFigures, Resumed, Run};
 pub use matrix_source::MatrixSource;
 pub use moments::{Betas, Moments, Momentum, Optimizer};
 pub use objective::{
-    AuxK, AuxKRule, AuxKTarget, Batch, Differentiated, ErrorMeasure, Gated, GatedAuxiliary, Group,
-    JumpRelu, Kind, L0Loss, MatchingPursuit, Objective, RunningThreshold, Selecting, Selection,
-    Sparsity, SparsityNorm, Standard, StraightThrough, Term, ThresholdParameter,
+    AuxK, AuxKRule, AuxKTarget, Batch, Differentiated, ErrorMeasure, Gated, GatedAuxiliary,
+    GhostGradients, Group, JumpRelu, Kind, L0Loss, MatchingPursuit, Objective, RunningThreshold,
+    Selecting, Selection, Sparsity, SparsityNorm, Standard, StraightThrough, Term,
+    ThresholdParameter, Upstream,
 };
 pub use parameters::{ParameterName, Parameters};
 pub use resampling::{Resampling, ResamplingRule};

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::tensor::Tensor;
-use kernels::{AdamConfig, AdamState, adam_step};
+use kernels::{AdamConfig, AdamState, adam_step, adam_step_rows};
 
 use super::error::TrainError;
 use super::parameters::{ParameterName, Parameters};
@@ -12,8 +12,10 @@ use super::parameters::{ParameterName, Parameters};
 pub enum Optimizer {
     /// Adam (Kingma & Ba, 2015).
     Adam(Betas),
-    /// Adam that leaves alone, weights and moments, the rows of encoder and decoder that get no
-    /// gradient in a step: another optimiser, under which rare latents keep their momentum.
+    /// Adam that leaves alone, weights and moments, what latents get no gradient in a step: their
+    /// rows of encoder and decoder, their biases and thresholds, each where its own gradient is
+    /// zero. Another optimiser, under which rare latents keep their momentum, and whose cost falls
+    /// with the share of rows that move.
     RowLazyAdam(Betas),
     /// Signum (Bernstein et al., 2018): a step of the learning rate along the sign of a running mean
     /// of the gradient. Without momentum it is sparsify's SignSGD.
@@ -136,20 +138,22 @@ impl Moments {
                 Optimizer::RowLazyAdam(betas) => {
                     let second = self.second.get_mut(name).expect("Adam has second moments");
                     let adam = betas.at(learning_rate, scale);
-                    let state = AdamState { first: first.clone(), second: second.clone() };
-                    let idle = (name == ParameterName::WEnc || name == ParameterName::WDec)
-                        .then(|| gradient.clone().abs().max_dim(1).equal_elem(0.0));
-                    let moved = adam_step(parameter.clone(), gradient, state, step, adam);
-                    let keep = |new: Tensor<2>, old: &Tensor<2>| match &idle {
-                        Some(idle) => {
-                            let shape = new.dims();
-                            new.mask_where(idle.clone().expand(shape), old.clone())
+                    let shape @ [n_rows, n_columns] = gradient.dims();
+                    let state = AdamState { first: first.extract(), second: second.extract() };
+                    let moved = match name.latent_width(n_columns) {
+                        Some(width) => {
+                            let by_latent = [n_rows * n_columns / width, width];
+                            let rows = |tensor: Tensor<2>| tensor.reshape(by_latent);
+                            let AdamState { first, second } = state;
+                            let state = AdamState { first: rows(first), second: rows(second) };
+                            let (parameter, gradient) = (rows(parameter.extract()), rows(gradient));
+                            adam_step_rows(parameter, gradient, state, step, adam)
                         }
-                        None => new,
+                        None => adam_step(parameter.extract(), gradient, state, step, adam),
                     };
-                    *parameter = keep(moved.0, parameter);
-                    *first = keep(moved.1.first, first);
-                    *second = keep(moved.1.second, second);
+                    *parameter = moved.0.reshape(shape);
+                    *first = moved.1.first.reshape(shape);
+                    *second = moved.1.second.reshape(shape);
                 }
                 Optimizer::Signum(Momentum { beta }) => {
                     let mean = first.extract().mul_scalar(beta)
@@ -226,9 +230,48 @@ mod tests {
         assert!(is_close(value(&lazy, 0), 0.5) && is_close(value(&lazy, 1), 1.5));
         assert!(value(&eager, 0) < 0.2 && value(&eager, 1) > 1.8);
         assert_eq!(value(&lazy, 2), value(&eager, 2));
-        // Biases belong to no row.
+        // What all latents share moves with all of them.
         let b_dec = |p: &Parameters| p.vector(ParameterName::BDec).into_data();
         assert_eq!(b_dec(&lazy), b_dec(&eager));
+    }
+
+    #[test]
+    fn row_lazy_adam_touches_nothing_of_an_idle_latent() {
+        let device = Device::flex();
+        let of = |w_dec: [[f32; 2]; 2], b_enc: [f32; 2]| {
+            let mut parameters = parameters(w_dec, [1.0, 1.0]);
+            parameters.insert(ParameterName::BEnc, Tensor::from_data([b_enc], &device));
+            parameters
+        };
+        let optimizer = Optimizer::RowLazyAdam(Betas::new());
+        let mut at = of([[0.1, 0.2], [0.3, 0.4]], [0.5, 0.6]);
+        let mut moments = Moments::new(&at, &optimizer);
+        let all = of([[1.0, 0.0], [1.0, 2.0]], [3.0, -1.0]);
+        let first_alone = of([[0.5, 0.0], [0.0, -0.0]], [1.0, 0.0]);
+        moments.update(&mut at, Clipped { gradient: all, scale: 1.0 }, 1, 0.1, &optimizer);
+        let bits = |at: &Parameters, moments: &Moments| {
+            let sets = [at, &moments.first, &moments.second];
+            let values = |name| {
+                let tensors = sets.map(|set| set.get(name).expect("there").to_data());
+                tensors.map(|data| data.iter::<f32>().map(f32::to_bits).collect::<Vec<_>>())
+            };
+            (values(ParameterName::WDec), values(ParameterName::BEnc))
+        };
+        let before = bits(&at, &moments);
+        let gradient = Clipped { gradient: first_alone, scale: 0.5 };
+        moments.update(&mut at, gradient, 2, 0.1, &optimizer);
+        let after = bits(&at, &moments);
+        for set in 0..3 {
+            assert_eq!(before.0[set][2..], after.0[set][2..]);
+            assert_eq!(before.1[set][1], after.1[set][1]);
+            assert_ne!(before.0[set][0], after.0[set][0]);
+            assert_ne!(before.1[set][0], after.1[set][0]);
+        }
+        // A row moves whole: what has no gradient in it goes on by its momentum, of zero here.
+        let second = moments.second.w_dec().into_data().iter::<f32>().collect::<Vec<_>>();
+        // Means of squares after 1 and then ½ · ½.
+        let expected = 0.999 * 0.001 + 0.001 * 0.0625;
+        assert!((second[0] - expected).abs() < 1e-9, "{second:?}");
     }
 
     #[test]

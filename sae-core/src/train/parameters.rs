@@ -84,6 +84,16 @@ impl ParameterName {
         }
     }
 
+    /// How many of its numbers, one after the other, belong to each latent; of what all latents
+    /// have in common, none do.
+    pub(super) fn latent_width(self, n_columns: usize) -> Option<usize> {
+        match self {
+            Self::WEnc | Self::WDec => Some(n_columns),
+            Self::BEnc | Self::Threshold | Self::LogThreshold | Self::RMag | Self::BMag => Some(1),
+            Self::BDec | Self::WSkip => None,
+        }
+    }
+
     /// The parameter of a name.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|parameter| parameter.as_str() == name)
@@ -231,11 +241,7 @@ impl Parameters {
     ) {
         for (&name, tensor) in &mut self.tensors {
             let [n_rows, n_columns] = tensor.dims();
-            let width = match name {
-                ParameterName::WEnc | ParameterName::WDec => n_columns,
-                ParameterName::BDec | ParameterName::WSkip => continue,
-                _ => 1,
-            };
+            let Some(width) = name.latent_width(n_columns) else { continue };
             let data = tensor.to_data();
             let mut values: Vec<f32> = data.try_into_vec_as().expect("floats convert to f32");
             for &latent in latents {

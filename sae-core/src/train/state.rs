@@ -1,9 +1,11 @@
 //! A training run between two steps.
 
+use burn::tensor::Tensor;
+
 use super::ages::Ages;
 use super::config::TrainConfig;
 use super::moments::{Clipped, Moments, Optimizer};
-use super::objective::{Batch, Differentiated, Kind, Objective, Term};
+use super::objective::{Batch, Differentiated, Kind, Objective, Term, Upstream};
 use super::parameters::Parameters;
 use super::row_order::random_stream;
 use crate::activation::Activation;
@@ -83,11 +85,49 @@ impl TrainState {
         n_steps: usize,
     ) -> StepOutcome {
         let batch = batch.into();
-        let [n, _] = batch.x.dims();
+        let (objective, dead) = self.begin(config, n_steps);
+        let found = objective.differentiate(&self.parameters, &batch, &dead);
+        self.take(&objective, &batch, found, config, n_steps)
+    }
+
+    /// The same with a loss of what comes behind the reconstruction:
+    /// [`Objective::differentiate_with`].
+    ///
+    /// # Errors
+    /// What `downstream` fails with. No step was taken.
+    ///
+    /// # Panics
+    /// As [`step`](Self::step), and for a matching pursuit.
+    pub fn step_with<E>(
+        &mut self,
+        batch: impl Into<Batch>,
+        config: &TrainConfig,
+        n_steps: usize,
+        downstream: impl FnMut(Tensor<2>) -> Result<Upstream, E>,
+    ) -> Result<StepOutcome, E> {
+        let batch = batch.into();
+        let (objective, dead) = self.begin(config, n_steps);
+        let found = objective.differentiate_with(&self.parameters, &batch, &dead, downstream)?;
+        Ok(self.take(&objective, &batch, found, config, n_steps))
+    }
+
+    /// What the next step minimises, and the latents that are dead in it.
+    fn begin(&mut self, config: &TrainConfig, n_steps: usize) -> (Objective, Vec<u32>) {
         let objective = config.objective_at(self.step, n_steps);
         objective.project(&mut self.parameters);
-        let dead = self.ages.dead(config.dead_after);
-        let found = objective.differentiate(&self.parameters, &batch, &dead);
+        (objective, self.ages.dead(config.dead_after))
+    }
+
+    /// Moves the parameters, and everything that goes with a step.
+    fn take(
+        &mut self,
+        objective: &Objective,
+        batch: &Batch,
+        found: Differentiated,
+        config: &TrainConfig,
+        n_steps: usize,
+    ) -> StepOutcome {
+        let [n, _] = batch.x.dims();
         let Differentiated { loss, terms, gradient, latents, row_errors } = found;
         let gradient = config.decoder.project(&self.parameters, gradient);
         let clipped = match config.clip_norm {
@@ -120,7 +160,7 @@ impl TrainState {
         {
             revived = resampling.resample(
                 &mut self.parameters,
-                &batch,
+                batch,
                 objective.apply_b_dec_to_input,
                 &row_errors,
                 config.jump_relu(),

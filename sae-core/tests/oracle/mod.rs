@@ -208,7 +208,33 @@ pub struct Oracle {
     /// What a squared error is multiplied by.
     scale: f64,
     frozen: Frozen,
+    ghost: Option<Ghost>,
     edge: f64,
+}
+
+/// What ghost gradients hold fixed.
+struct Ghost {
+    dead: Vec<usize>,
+    /// What the dead are to reconstruct, with the opposite sign.
+    error: Rows,
+    /// What each row is multiplied by.
+    scales: Vec<f64>,
+    /// What the sum is multiplied by.
+    factor: f64,
+}
+
+impl Ghost {
+    fn decoded(dead: &[usize], at: &Point, is_centred: bool) -> Rows {
+        at.decoded(&map(
+            &at.pre(is_centred),
+            |_, l, p| if dead.contains(&l) { p.exp() } else { 0.0 },
+        ))
+    }
+
+    fn squares(&self, at: &Point, is_centred: bool) -> f64 {
+        let ghost = Self::decoded(&self.dead, at, is_centred);
+        square(&map(&ghost, |i, d, g| self.scales[i] * g + self.error[i][d]))
+    }
 }
 
 impl Oracle {
@@ -254,7 +280,24 @@ impl Oracle {
             }
             other => panic!("no oracle for {other:?}"),
         };
-        Self { objective: objective.clone(), base: base.clone(), scale, frozen, edge: edge.0 }
+        let (objective, base, edge) = (objective.clone(), base.clone(), edge.0);
+        let mut oracle = Self { objective, base, scale, frozen, ghost: None, edge };
+        oracle.ghost = oracle.ghost(dead);
+        oracle
+    }
+
+    fn ghost(&self, dead: &[u32]) -> Option<Ghost> {
+        let coefficient = self.objective.ghost_gradients.filter(|_| !dead.is_empty())?.coefficient;
+        let (base, is_centred) = (&self.base, self.objective.apply_b_dec_to_input);
+        let dead: Vec<usize> = dead.iter().map(|&latent| latent as usize).collect();
+        let error = base.error(&self.latents());
+        let norm = |row: &Vec<f64>| dot(row, row).sqrt();
+        let ghosts = Ghost::decoded(&dead, base, is_centred);
+        let scales = error.iter().zip(&ghosts).map(|(e, g)| norm(e) / (2.0 * norm(g))).collect();
+        let value = coefficient * self.scale * square(&error);
+        let mut ghost = Ghost { dead, error, scales, factor: 1.0 };
+        ghost.factor = value / ghost.squares(base, is_centred);
+        Some(ghost)
     }
 
     /// Itself, unless a decision was so close that f32 may take it otherwise.
@@ -290,6 +333,13 @@ impl Oracle {
     }
 
     pub fn loss(&self, at: &Point) -> f64 {
+        let is_centred = self.objective.apply_b_dec_to_input;
+        let ghost = self.ghost.as_ref();
+        let ghost = ghost.map_or(0.0, |ghost| ghost.factor * ghost.squares(at, is_centred));
+        ghost + self.loss_of_kind(at)
+    }
+
+    fn loss_of_kind(&self, at: &Point) -> f64 {
         let is_centred = self.objective.apply_b_dec_to_input;
         let count = |rows: &Rows| self.scale * square(rows);
         match (&self.objective.kind, &self.frozen) {

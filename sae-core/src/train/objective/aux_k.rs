@@ -1,16 +1,16 @@
 //! What dead latents make of the residual.
 
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData};
 use kernels::Select;
 use serde::{Deserialize, Serialize};
 
-use super::pass::{Entries, Pass, globally, number, where_positive};
+use super::pass::{Pass, globally, number, where_positive};
 use super::{Term, not_negative, positive};
 use crate::sae::row_squares;
 use crate::train::error::TrainError;
 
-/// With no more dead latents than so many times `k`, products with all of them beat those with the
-/// `k` alone.
+/// With no more dead latents than so many times `k`, products with all of them in the cache beat
+/// those with the `k` alone.
 const DENSE_UP_TO: usize = 8;
 
 /// Lets the dead latents with the largest pre-activations reconstruct what the live ones leave over
@@ -70,7 +70,7 @@ impl AuxK {
             return 0.0;
         }
         let [_, d_out] = error.dims();
-        let k = self.k.unwrap_or(d_out / 2).max(1);
+        let k = self.k(d_out);
         let few = (dead.len() as f64 / k as f64).min(1.0);
         let scale = self.coefficient
             * match self.rule {
@@ -92,10 +92,20 @@ impl AuxK {
         };
         let among = latents(dead, error);
         let by = ranking.scale.clone().select(0, among.clone());
-        let picked = pass.encode_among(&among, 1.0, by.zeros_like(), by, select);
-        let dense = dead.len() <= DENSE_UP_TO * k;
-        let squares = add_gradients(pass, &among, picked, error, scale, is_signed, dense);
+        let squares = match self.takes_all(dead, d_out) {
+            true => pass.fit(dead, by, select, error, scale),
+            false => fit_sparsely(pass, &among, by, select, error, scale),
+        };
         scale * squares
+    }
+
+    fn k(&self, d_out: usize) -> usize {
+        self.k.unwrap_or(d_out / 2).max(1)
+    }
+
+    /// Whether so few latents are dead that pre-activations of all of them are wanted.
+    pub(super) fn takes_all(&self, dead: &[u32], d_out: usize) -> bool {
+        self.coefficient != 0.0 && dead.len() <= DENSE_UP_TO * self.k(d_out)
     }
 
     pub(super) fn validate(&self) -> Result<(), TrainError> {
@@ -115,42 +125,26 @@ impl AuxK {
     }
 }
 
-/// Adds the gradients of `scale · ‖z · w_dec + error‖²`; gives its squares.
-fn add_gradients(
+/// The same as [`Pass::fit`], by the entries alone.
+fn fit_sparsely(
     pass: &mut Pass,
     among: &Tensor<1, Int>,
-    picked: Entries,
+    by: Tensor<1>,
+    select: Select,
     error: &Tensor<2>,
     scale: f64,
-    is_signed: bool,
-    dense: bool,
 ) -> f64 {
-    if !dense {
-        let latents = globally(among, picked);
-        let error = pass.decode(&latents) + error.clone();
-        pass.decoder_gradient(&latents, &error, scale);
-        let gradient = pass.latent_gradient(&latents, &error, scale);
-        let gradient = match is_signed {
-            true => gradient,
-            false => where_positive(gradient, latents.values.clone()),
-        };
-        pass.projection_gradient(latents.with(gradient));
-        return number(row_squares(&error).sum());
-    }
-    let (Entries { indices, values }, [n_dead]) = (picked, among.dims());
-    let spread = |values: Tensor<2>| {
-        let zeros = Tensor::zeros([pass.n, n_dead], &values.device());
-        zeros.scatter(1, indices.clone(), values, IndexingUpdateOp::Add)
-    };
-    let z = spread(values.clone());
+    let picked = pass.encode_among(among, 1.0, by.zeros_like(), by, select);
+    let latents = globally(among, picked);
+    let error = pass.decode(&latents) + error.clone();
+    pass.decoder_gradient(&latents, &error, scale);
+    let gradient = pass.latent_gradient(&latents, &error, scale);
     // A pre-activation of exactly zero has a gradient where it may have either sign.
-    let passes = if is_signed { spread(values.ones_like()) } else { z.clone() };
-    let rows = pass.parameters.w_dec().select(0, among.clone());
-    let error = z.clone().matmul(rows.clone()) + error.clone();
-    let by_rows = z.transpose().matmul(error.clone()).mul_scalar(2.0 * scale);
-    pass.decoder_rows_gradient(among, by_rows);
-    let by_z = error.clone().matmul(rows.transpose()).mul_scalar(2.0 * scale);
-    pass.block_gradient(among, where_positive(by_z, passes));
+    let gradient = match select {
+        Select::TopK(_) => where_positive(gradient, latents.values.clone()),
+        _ => gradient,
+    };
+    pass.projection_gradient(latents.with(gradient));
     number(row_squares(&error).sum())
 }
 
@@ -187,20 +181,21 @@ mod tests {
         let parameters = Parameters::from_weights(weights);
         let (objective, batch) = (Objective::top_k(3), Batch::from(noise([n, d_in])));
         let error = noise([n, d_in]);
-        for is_signed in [true, false] {
+        for select in [Select::TopKSigned(4), Select::TopK(4), Select::TopKMagnitude(4)] {
             let gradient = |dense| {
                 let mut pass = Pass::new(&objective, &parameters, &batch);
                 let among = latents(&dead, &error);
-                let zeros = Tensor::zeros([dead.len()], &Device::flex());
-                let select = if is_signed { Select::TopKSigned(4) } else { Select::TopK(4) };
-                let by = zeros.ones_like();
-                let picked = pass.encode_among(&among, 1.0, zeros, by, select);
+                let by = Tensor::ones([dead.len()], &Device::flex());
                 // Something else for the sums to be added to.
-                let other = globally(&among, picked.clone());
+                let other =
+                    pass.encode_among(&among, 1.0, by.zeros_like(), by.clone(), Select::TopK(2));
+                let other = globally(&among, other);
                 pass.projection_gradient(other.clone());
                 pass.decoder_gradient(&other, &error, 0.1);
-                let squares =
-                    add_gradients(&mut pass, &among, picked, &error, 0.3, is_signed, dense);
+                let squares = match dense {
+                    true => pass.fit(&dead, by, select, &error, 0.3),
+                    false => fit_sparsely(&mut pass, &among, by, select, &error, 0.3),
+                };
                 (squares, pass.finish().1)
             };
             let ((sparse, by_sparse), (dense, by_dense)) = (gradient(false), gradient(true));

@@ -72,20 +72,23 @@ pub(super) fn reconstruct(pass: &mut Pass, groups: &[Group], latents: &Entries) 
         errors.push(error);
     }
     let mut row_errors = row_squares(&errors[0]);
+    let mut counted = Vec::with_capacity(groups.len());
     for (place, (group, error)) in groups.iter().zip(&errors).enumerate() {
         row_errors = row_squares(error);
         let term = match place + 1 == groups.len() {
             true => Term::Reconstruction,
             false => Term::Inner { width: group.width },
         };
-        pass.term(term, group.weight * scale * number(row_errors.clone().sum()));
+        let (error, weight) = pass.counted(term, error, group.weight);
+        pass.term(term, weight * scale * number(row_errors.clone().sum()));
+        counted.push(error);
     }
 
     // A latent takes part in its group's reconstruction and in all behind it.
     let mut gradient = latents.values.zeros_like();
     let (mut rows, mut behind) = (Vec::new(), errors[0].zeros_like());
-    for ((group, error), members) in groups.iter().zip(&errors).zip(&members).rev() {
-        behind = behind + error.clone().mul_scalar(group.weight);
+    for (error, members) in counted.into_iter().zip(&members).rev() {
+        behind = behind + error;
         let dots = sparse_dot(latents.indices.clone(), pass.parameters.w_dec(), behind.clone());
         gradient = gradient + dots * members.is_member.clone().mul_scalar(2.0 * scale);
         rows.push(decoder_rows(latents, members, &behind).mul_scalar(2.0 * scale));

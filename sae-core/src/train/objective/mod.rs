@@ -13,6 +13,7 @@
 
 mod aux_k;
 mod gated;
+mod ghost;
 mod jump_relu;
 mod matching_pursuit;
 mod matryoshka;
@@ -23,6 +24,7 @@ mod standard;
 
 pub use aux_k::{AuxK, AuxKRule};
 pub use gated::{Gated, GatedAuxiliary};
+pub use ghost::GhostGradients;
 pub use jump_relu::{JumpRelu, L0Loss, StraightThrough, ThresholdParameter};
 pub use matching_pursuit::MatchingPursuit;
 pub use matryoshka::{AuxKTarget, Group};
@@ -33,7 +35,7 @@ pub use standard::Standard;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use self::pass::Pass;
+use self::pass::{Downstream, Pass};
 use super::error::TrainError;
 use super::parameters::{ParameterName, Parameters};
 use crate::activation::Activation;
@@ -49,6 +51,10 @@ pub struct Objective {
     pub error: ErrorMeasure,
     /// Whether `b_dec` is subtracted from the input before encoding.
     pub apply_b_dec_to_input: bool,
+    /// A gradient for dead latents of any kind with an encoder; AuxK is the one of those that
+    /// select.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ghost_gradients: Option<GhostGradients>,
 }
 
 /// A kind of SAE, and what its loss has besides the error of the reconstruction.
@@ -99,6 +105,21 @@ pub enum Term {
     PreActivation,
     /// Error of what more latents reconstruct.
     MultiTopK,
+    /// Error of what dead latents make of the residual by another activation.
+    GhostGradients,
+    /// What comes of the reconstruction behind the SAE.
+    Downstream,
+}
+
+/// A loss behind the reconstruction, and where it falls.
+#[derive(Debug, Clone)]
+pub struct Upstream {
+    /// The loss.
+    pub loss: f64,
+    /// Its gradient at the reconstruction, `[n, d_out]`.
+    pub gradient: Tensor<2>,
+    /// What the error of the reconstruction still counts beside it: 0 leaves it out.
+    pub error_weight: f64,
 }
 
 /// Activations of a step.
@@ -134,7 +155,8 @@ pub struct Differentiated {
 impl Objective {
     /// Of a kind, with the squared error and a centred input.
     pub fn new(kind: Kind) -> Self {
-        Self { kind, error: ErrorMeasure::Squared, apply_b_dec_to_input: true }
+        let error = ErrorMeasure::Squared;
+        Self { kind, error, apply_b_dec_to_input: true, ghost_gradients: None }
     }
 
     /// TopK with latents ranked by what they write, as SAELens trains it, without AuxK.
@@ -157,8 +179,9 @@ impl Objective {
     /// `batch.x`: `[n, d_in]`, `batch.target`: `[n, d_out]`.
     ///
     /// # Panics
-    /// If a parameter that the kind needs is missing, or the objective is not
-    /// [valid](Self::validate) for the number of latents.
+    /// If a parameter that the kind needs is missing, the objective is not [valid](Self::validate)
+    /// for the number of latents, the batch has no rows or another width than the parameters, or
+    /// the dead latents are not in order or not there.
     pub fn differentiate(
         &self,
         parameters: &Parameters,
@@ -166,16 +189,62 @@ impl Objective {
         dead: &[u32],
     ) -> Differentiated {
         if let Kind::MatchingPursuit(kind) = &self.kind {
+            assert_fits(parameters, batch, dead);
             return kind.differentiate(self, parameters, batch);
         }
-        let mut pass = Pass::new(self, parameters, batch);
+        self.run(parameters, batch, dead, None)
+    }
+
+    /// The same with a loss of what comes behind the reconstruction, which `downstream` is called
+    /// with once: `[n, d_out]`, in the scale of the batch.
+    ///
+    /// # Errors
+    /// What `downstream` fails with.
+    ///
+    /// # Panics
+    /// As [`differentiate`](Self::differentiate), and for a matching pursuit, whose picks have no
+    /// such gradient here.
+    pub fn differentiate_with<E>(
+        &self,
+        parameters: &Parameters,
+        batch: &Batch,
+        dead: &[u32],
+        mut downstream: impl FnMut(Tensor<2>) -> Result<Upstream, E>,
+    ) -> Result<Differentiated, E> {
+        let mut failed = None;
+        let mut downstream = |reconstruction: Tensor<2>| {
+            let gradient = reconstruction.zeros_like();
+            downstream(reconstruction).unwrap_or_else(|error| {
+                failed = Some(error);
+                Upstream { loss: f64::NAN, gradient, error_weight: 1.0 }
+            })
+        };
+        let found = self.run(parameters, batch, dead, Some(&mut downstream));
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(found),
+        }
+    }
+
+    fn run<'a>(
+        &self,
+        parameters: &'a Parameters,
+        batch: &Batch,
+        dead: &[u32],
+        downstream: Option<Downstream<'a>>,
+    ) -> Differentiated {
+        assert_fits(parameters, batch, dead);
+        let mut pass = Pass::new(self, parameters, batch).before(downstream);
         let (latents, row_errors) = match &self.kind {
             Kind::Standard(kind) => kind.run(&mut pass),
             Kind::Gated(kind) => kind.run(&mut pass),
             Kind::Selecting(kind) => kind.run(&mut pass, dead),
             Kind::JumpRelu(kind) => kind.run(&mut pass, dead),
-            Kind::MatchingPursuit(_) => unreachable!("done above"),
+            Kind::MatchingPursuit(_) => panic!("a matching pursuit has no encoder"),
         };
+        if let Some(ghost_gradients) = self.ghost_gradients {
+            ghost_gradients.run(&mut pass, &latents, dead);
+        }
         let d_sae = parameters.d_sae();
         let (terms, gradient) = pass.finish();
         Differentiated {
@@ -255,6 +324,19 @@ impl Objective {
     /// # Errors
     /// If one is out of its range.
     pub fn validate(&self, d_sae: usize) -> Result<(), TrainError> {
+        if let Some(ghost_gradients) = self.ghost_gradients {
+            ghost_gradients.validate()?;
+            let conflict = |with| Err(TrainError::Conflict { option: "ghost_gradients", with });
+            match &self.kind {
+                Kind::MatchingPursuit(_) => {
+                    return conflict("matching pursuit, without an encoder");
+                }
+                Kind::Selecting(Selecting { aux_k: Some(_), .. }) => {
+                    return conflict("AuxK, which does the same");
+                }
+                _ => {}
+            }
+        }
         match &self.kind {
             Kind::Standard(Standard { sparsity }) | Kind::Gated(Gated { sparsity, .. }) => {
                 sparsity.validate()
@@ -264,6 +346,19 @@ impl Objective {
             Kind::MatchingPursuit(kind) => kind.validate(),
         }
     }
+}
+
+/// Refuses what would otherwise be spread over the width, or fail somewhere within.
+fn assert_fits(parameters: &Parameters, batch: &Batch, dead: &[u32]) {
+    let ([n, width], d_in) = (batch.x.dims(), parameters.d_in());
+    assert!(n > 0, "a batch without rows");
+    assert_eq!(width, d_in, "activations of width {width}, the SAE reads {d_in}");
+    let [d_sae, d_out] = parameters.w_dec().dims();
+    let target = batch.target.as_ref().unwrap_or(&batch.x).dims();
+    assert_eq!(target, [n, d_out], "a target of shape {target:?} for {n} rows of width {d_out}");
+    let in_order = dead.windows(2).all(|pair| pair[0] < pair[1]);
+    let there = dead.last().is_none_or(|&last| (last as usize) < d_sae);
+    assert!(in_order && there, "dead latents {dead:?} of {d_sae}");
 }
 
 /// An error unless the number is above zero.

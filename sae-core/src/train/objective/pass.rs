@@ -1,9 +1,13 @@
 //! What all kinds with an encoder share: entries, reconstructions, and the sums of gradients.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
-use kernels::{Select, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows, sparse_sum};
+use kernels::{
+    Select, fit_residual, sparse_decode, sparse_dot, sparse_encode, sparse_encode_with,
+    sparse_grad_rows, sparse_sum,
+};
 
-use super::{Batch, ErrorMeasure, Objective, Term};
+use super::aux_k::latents as latents_tensor;
+use super::{Batch, ErrorMeasure, Objective, Term, Upstream};
 use crate::sae::{row_norms, row_squares};
 use crate::train::parameters::{ParameterName, Parameters};
 
@@ -54,6 +58,9 @@ pub(super) fn number(scalar: Tensor<1>) -> f64 {
     f64::from(scalar.into_scalar::<f32>())
 }
 
+/// Where a loss behind the reconstruction falls.
+pub(super) type Downstream<'a> = &'a mut dyn FnMut(Tensor<2>) -> Upstream;
+
 /// One batch on its way there and back.
 pub(super) struct Pass<'a> {
     pub(super) parameters: &'a Parameters,
@@ -61,14 +68,20 @@ pub(super) struct Pass<'a> {
     pub(super) d_sae: usize,
     /// What the encoder reads.
     x: Tensor<2>,
-    /// What entries have to decode to: the target less `b_dec` and the skip.
+    /// What is to be reconstructed.
+    y: Tensor<2>,
+    /// What entries have to decode to: the same less `b_dec` and the skip.
     target: Tensor<2>,
     /// `x` as it came, where a skip reads it.
     skipped: Option<Tensor<2>>,
     is_centred: bool,
     norms: Option<Tensor<1>>,
+    /// Some latents, and what their rows of the encoder make of the input.
+    seen: Option<(Vec<u32>, Tensor<2>)>,
     /// What a squared error is multiplied by.
     error_scale: f64,
+    /// What the reconstruction is good for beyond itself.
+    downstream: Option<Downstream<'a>>,
     terms: Vec<(Term, f64)>,
     projections: Vec<Entries>,
     blocks: Vec<Block>,
@@ -120,16 +133,24 @@ impl<'a> Pass<'a> {
             n,
             d_sae: parameters.d_sae(),
             x,
+            y: batch.target.as_ref().unwrap_or(&batch.x).clone(),
             target,
             skipped: w_skip.map(|_| batch.x.clone()),
             is_centred,
             norms: None,
+            seen: None,
             error_scale,
+            downstream: None,
             terms: Vec::new(),
             projections: Vec::new(),
             blocks: Vec::new(),
             gradient: Parameters::default(),
         }
+    }
+
+    /// The same, with a loss behind the reconstruction.
+    pub(super) fn before(self, downstream: Option<Downstream<'a>>) -> Self {
+        Self { downstream, ..self }
     }
 
     /// `‖w_dec[i]‖`, `[d_sae]`.
@@ -154,6 +175,20 @@ impl<'a> Pass<'a> {
         Entries { indices, values }
     }
 
+    /// The same without a shift, which keeps what [`fit`](Self::fit) needs of some latents.
+    pub(super) fn encode_with(&mut self, by: Tensor<1>, select: Select, seen: &[u32]) -> Entries {
+        if seen.is_empty() {
+            return self.encode(by, select, 0.0);
+        }
+        let w_enc = self.parameters.matrix(ParameterName::WEnc).transpose();
+        let b_enc = self.parameters.vector(ParameterName::BEnc);
+        let among = latents_tensor(seen, &self.x);
+        let (values, indices, products) =
+            sparse_encode_with(self.x.clone(), w_enc, [b_enc, by], select, among);
+        self.seen = Some((seen.to_vec(), products));
+        Entries { indices, values }
+    }
+
     /// Some pre-activations of some latents alone, or those multiplied by −1. Indices are places
     /// among these latents; [`globally`] makes latents of them.
     pub(super) fn encode_among(
@@ -173,6 +208,46 @@ impl<'a> Pass<'a> {
         let (values, indices) =
             sparse_encode(self.x.clone(), w_enc.transpose(), b_enc + shift, by, select);
         Entries { indices, values }
+    }
+
+    /// All pre-activations of some latents, `[n, latents]`.
+    pub(super) fn pre_activations(&self, latents: &Tensor<1, Int>) -> Tensor<2> {
+        let b_enc = self.parameters.matrix(ParameterName::BEnc).select(1, latents.clone());
+        self.projected(latents) + b_enc
+    }
+
+    /// The same without their bias.
+    fn projected(&self, latents: &Tensor<1, Int>) -> Tensor<2> {
+        let w_enc = self.parameters.matrix(ParameterName::WEnc).select(0, latents.clone());
+        self.x.clone().matmul(w_enc.transpose())
+    }
+
+    /// Adds the gradients of `scale · ‖z · w_dec + error‖²`, of those pre-activations `z` of some
+    /// latents that are selected; gives its squares.
+    pub(super) fn fit(
+        &mut self,
+        latents: &[u32],
+        by: Tensor<1>,
+        select: Select,
+        error: &Tensor<2>,
+        scale: f64,
+    ) -> f64 {
+        let seen = self.seen.take().filter(|(seen, _)| seen == latents);
+        let latents = &latents_tensor(latents, &self.x);
+        let products = match seen {
+            Some((_, products)) => products,
+            None => self.projected(latents),
+        };
+        let b_enc = self.parameters.vector(ParameterName::BEnc).select(0, latents.clone());
+        let w_dec = self.parameters.w_dec().select(0, latents.clone());
+        let fit = fit_residual(self.x.clone(), products, [b_enc, by], w_dec, error.clone(), select);
+        self.decoder_rows_gradient(latents, fit.rows.mul_scalar(2.0 * scale));
+        self.blocks.push(Block {
+            latents: latents.clone(),
+            rows: fit.w.mul_scalar(2.0 * scale),
+            sum: fit.bias.mul_scalar(2.0 * scale).unsqueeze(),
+        });
+        number(fit.squares.sum())
     }
 
     /// What entries decode to, less what they have to.
@@ -222,12 +297,37 @@ impl<'a> Pass<'a> {
         latents: &Entries,
         weight: f64,
     ) -> (Tensor<2>, Tensor<2>, Tensor<1>) {
-        let (error, scale) = (self.error(latents), weight * self.error_scale);
+        let error = self.error(latents);
         let row_errors = row_squares(&error);
-        self.term(term, scale * number(row_errors.clone().sum()));
-        self.decoder_gradient(latents, &error, scale);
-        self.output_gradient(&error, scale);
-        (self.latent_gradient(latents, &error, scale), error, row_errors)
+        let (counted, weight) = self.counted(term, &error, weight);
+        let scale = self.error_scale;
+        self.term(term, scale * weight * number(row_errors.clone().sum()));
+        self.decoder_gradient(latents, &counted, scale);
+        self.output_gradient(&counted, scale);
+        (self.latent_gradient(latents, &counted, scale), error, row_errors)
+    }
+
+    /// The error whose square has the gradient of all that a reconstruction counts for, and the
+    /// weight that its own square has in that.
+    pub(super) fn counted(
+        &mut self,
+        term: Term,
+        error: &Tensor<2>,
+        weight: f64,
+    ) -> (Tensor<2>, f64) {
+        let weighted = |weight: f64| match weight == 1.0 {
+            true => error.clone(),
+            false => error.clone().mul_scalar(weight),
+        };
+        let Some(downstream) = self.downstream.as_mut().filter(|_| term == Term::Reconstruction)
+        else {
+            return (weighted(weight), weight);
+        };
+        let upstream = downstream(error.clone() + self.y.clone());
+        assert_eq!(upstream.gradient.dims(), error.dims(), "a gradient at another place");
+        self.terms.push((Term::Downstream, upstream.loss));
+        let weight = weight * upstream.error_weight;
+        (weighted(weight) + upstream.gradient.div_scalar(2.0 * self.error_scale), weight)
     }
 
     pub(super) fn term(&mut self, term: Term, value: f64) {
@@ -244,7 +344,7 @@ impl<'a> Pass<'a> {
         self.gradient.add(name, gradient);
     }
 
-    /// The same for all entries of some latents, `[n, latents]`.
+    /// Gradients at all pre-activations of some latents, `[n, latents]`, `b_enc` included.
     pub(super) fn block_gradient(&mut self, latents: &Tensor<1, Int>, gradient: Tensor<2>) {
         self.blocks.push(Block {
             latents: latents.clone(),
@@ -293,7 +393,14 @@ impl<'a> Pass<'a> {
         let mut by_w_enc = sparse_grad_rows(indices, values, x, d_sae);
         for Block { latents, rows, sum: of_block } in blocks {
             by_w_enc = by_w_enc.select_assign(0, latents.clone(), rows, IndexingUpdateOp::Add);
-            sum = sum.select_assign(1, latents, of_block, IndexingUpdateOp::Add);
+            let add = |sum: Tensor<2>| {
+                sum.select_assign(1, latents.clone(), of_block.clone(), IndexingUpdateOp::Add)
+            };
+            // The bias of gates has a gradient of its own, of which the blocks are no part yet.
+            if let Some(own) = gradient.take(ParameterName::BEnc) {
+                gradient.insert(ParameterName::BEnc, add(own));
+            }
+            sum = add(sum);
         }
         if is_centred {
             // Through the input of the encoder: the same for all rows but for a sum.

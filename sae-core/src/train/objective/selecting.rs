@@ -120,7 +120,17 @@ impl Selecting {
         };
         let by_magnitude = matches!(self.selection, Selection::AbsTopK { .. });
         let ranking = Ranking { scale: scale.clone(), by_magnitude };
-        let kept = pass.encode(scale, self.selection.select(pass.n, pass.d_sae), 0.0);
+        let own_residuals = matches!(
+            self.selection,
+            Selection::Matryoshka { aux_k_target: AuxKTarget::OwnResidual, .. }
+        );
+        let [_, d_out] = pass.parameters.w_dec().dims();
+        let seen = match self.aux_k {
+            Some(aux_k) if aux_k.takes_all(dead, d_out) && !own_residuals => dead,
+            _ => &[],
+        };
+        let select = self.selection.select(pass.n, pass.d_sae);
+        let kept = pass.encode_with(scale, select, seen);
         let cut = |gradient, latents: &Entries| match by_magnitude {
             true => latents.with(gradient),
             false => latents.with(where_positive(gradient, latents.values.clone())),
