@@ -446,7 +446,8 @@ mod tests {
             norm: SparsityNorm::LpToTheP { p: 0.5 },
             weighted_by_decoder_norms: false,
         };
-        let objective = sae_core::train::Objective::new(Kind::Standard(Standard { sparsity }));
+        let kind = Kind::Standard(Standard { sparsity });
+        let objective = Objective::new(kind);
         let anneal = Anneal { from: 1.0, begin: 0.0, end: 0.5 };
         let expected = TrainConfig::new(64, objective)
             .with_schedule(

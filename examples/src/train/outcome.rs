@@ -84,12 +84,14 @@ const DEFINITIONS: [(&str, &str); 21] = [
     ("reconstruction.dead_share", "share of latents that are active on no activation"),
     (
         "reconstruction.densities.n_latents",
-        "latents by log10 of the share of activations that they are active on, in bins 0.25 wide from -7 to 0; what is below is in the first",
+        "latents by log10 of the share of activations that they are active on, in bins 0.25 wide \
+         from -7 to 0; what is below is in the first",
     ),
     ("reconstruction.densities.n_dead", "latents that are active on no activation, and in no bin"),
     (
         "next_tokens.ce_*",
-        "mean cross-entropy of the next token in nats: of the model as it is, with the reconstruction in place of the activation, with zeros, with the mean activation",
+        "mean cross-entropy of the next token in nats: of the model as it is, with the \
+         reconstruction in place of the activation, with zeros, with the mean activation",
     ),
     ("next_tokens.ce_recovered", "(ce_zero_ablated - ce_spliced) / (ce_zero_ablated - ce_clean)"),
     (
@@ -99,7 +101,8 @@ const DEFINITIONS: [(&str, &str); 21] = [
     ("next_tokens.kl", "mean KL(clean || spliced) of the predictions in nats"),
     (
         "next_tokens.by_position",
-        "the same means, over tokens that are predicted from positions from <= p < to of their piece",
+        "the same means, over tokens that are predicted from positions from <= p < to of their \
+         piece",
     ),
     ("rewards.mean_absolute_error", "mean over conversations of |spliced - clean| reward"),
     ("rewards.correlation", "Pearson's, of spliced and clean rewards"),
@@ -109,7 +112,8 @@ const DEFINITIONS: [(&str, &str); 21] = [
     ),
     (
         "n_left_out",
-        "activations of the stream that were not trained on: longer than max_norm times the median of the first 16384",
+        "activations of the stream that were not trained on: longer than max_norm times the \
+         median of the first 16384",
     ),
 ];
 

@@ -66,6 +66,8 @@ pub struct Fit<'a> {
     checkpoints: Option<Kept>,
     resumed: Option<Resumed>,
     held_out: Option<HeldOut<'a>>,
+    /// Steps done when it was last evaluated.
+    evaluated: Option<usize>,
     metrics: Option<&'a mut dyn Write>,
     stop: Option<&'a AtomicBool>,
     /// Whether the stream failed within a step: then only a checkpoint knows where to go on.
@@ -186,6 +188,7 @@ impl<'a> Fit<'a> {
             checkpoints: None,
             resumed: None,
             held_out: None,
+            evaluated: None,
             metrics: None,
             stop: None,
             interrupted: false,
@@ -253,6 +256,7 @@ impl<'a> Fit<'a> {
         });
         let members = members.collect::<Result<_, FitError>>()?;
         let (checkpoint, passed_over) = (found.name, found.passed_over);
+        let evaluate_every = config.evaluate_every;
         Ok(Self {
             source,
             ahead,
@@ -264,6 +268,8 @@ impl<'a> Fit<'a> {
             checkpoints: Some(Kept { checkpoints, identity, saved: Some(step) }),
             resumed: Some(Resumed { checkpoint, step, passed_over }),
             held_out: None,
+            // It was, before it was saved.
+            evaluated: step.is_multiple_of(evaluate_every).then_some(step),
             metrics: None,
             stop: None,
             interrupted: false,
@@ -396,10 +402,12 @@ impl<'a> Fit<'a> {
         let (n_steps, mut flow) = (self.n_steps, ControlFlow::Continue(()));
         let due = |every: usize| self.step == n_steps || self.step.is_multiple_of(every);
         let (evaluate, save) = (due(self.config.evaluate_every), due(self.config.checkpoint_every));
+        let evaluate = evaluate && self.evaluated != Some(self.step);
         if evaluate && let Some(held_out) = &mut self.held_out {
             let n_rows = self.config.evaluate_rows;
             let evaluations =
                 held_out.evaluate(&self.members, self.step, n_rows, self.outliers.as_ref())?;
+            self.evaluated = Some(self.step);
             let events: Vec<_> = evaluations.into_iter().map(Event::Evaluation).collect();
             flow = either(flow, self.tell(&events, progress)?);
         }

@@ -243,7 +243,7 @@ fn with_outliers() -> impl ActivationSource {
 
 #[test]
 fn outliers_are_left_out_counted_and_do_not_break_resuming() {
-    let config = || options().with_max_norm(Some(10.0)).with_evaluate_every(100);
+    let config = || options().with_max_norm(Some(10.0)).with_evaluate_every(10);
     let run = |folder: &Path, stop_at: usize| {
         let mut source = with_outliers();
         let mut held_out = with_outliers();
