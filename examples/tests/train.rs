@@ -234,6 +234,9 @@ fn every_kind_can_be_trained() {
         {"jump_relu": {"l0_coefficient": 0.1, "l0_target": 6}},
         {"standard": {"l1_coefficient": 0.5}},
         {"gated": {"l1_coefficient": 0.5}},
+        {"multi_top_k": {"k": 4}},
+        {"abs_top_k": {"k": 4}},
+        {"matching_pursuit": {"residual_threshold": 0.1, "max_iterations": 8}},
     ]);
     let project = project(|config| {
         let kinds = objectives.as_array().unwrap().iter().enumerate();
@@ -256,13 +259,13 @@ fn every_kind_can_be_trained() {
     let evaluation = fs::read(folder.join("out/evaluation.json")).unwrap();
     let evaluation: Value = serde_json::from_slice(&evaluation).unwrap();
     let saes = evaluation["saes"].as_array().unwrap();
-    assert_eq!(saes.len(), 7);
+    assert_eq!(saes.len(), 10);
     for sae in saes {
         let name = sae["name"].as_str().unwrap();
         assert!(sae["next_tokens"]["ce_spliced"].as_f64().is_some_and(f64::is_finite), "{sae}");
         saelens::read(&folder.join("out").join(name), &Device::flex()).unwrap();
     }
-    assert_eq!(saes[6]["target_hook_point"], "blocks.1.hook_mlp_out");
+    assert_eq!(saes[9]["target_hook_point"], "blocks.1.hook_mlp_out");
 }
 
 #[test]
