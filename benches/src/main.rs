@@ -8,6 +8,7 @@ mod memory;
 mod model;
 mod peak;
 mod sae_step;
+mod save;
 mod soak;
 
 use anyhow::Result;
@@ -28,6 +29,8 @@ enum What {
     Memory(memory::Options),
     /// A training step of an SAE.
     SaeStep(sae_step::Options),
+    /// What saving a training run takes.
+    Save(save::Options),
     /// A training run that is killed at random points and has to end with the same bits.
     Soak(soak::Options),
 }
@@ -38,6 +41,7 @@ fn main() -> Result<()> {
         What::Model(options) => model::run(&options),
         What::Memory(options) => memory::run(&options),
         What::SaeStep(options) => sae_step::run(&options),
+        What::Save(options) => save::run(&options),
         What::Soak(options) => soak::run(&options),
     })
 }

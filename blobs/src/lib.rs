@@ -14,4 +14,4 @@ pub use error::StorageError;
 pub use local::LocalFolder;
 #[cfg(feature = "object-store")]
 pub use object::ObjectStorage;
-pub use storage::{Blob, Storage, sha256};
+pub use storage::{Blob, Hashing, MakeBlob, Storage, sha256};

@@ -1,11 +1,12 @@
 //! Blobs in a folder.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::{self, BufWriter, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::StorageError;
-use super::storage::{Blob, Storage, check_name};
+use super::storage::{Blob, MakeBlob, Storage, UNNAMED, check_name};
 
 /// A folder, a file per blob.
 ///
@@ -64,7 +65,7 @@ impl LocalFolder {
         Ok(names)
     }
 
-    fn error(&self, name: &str, action: &'static str, source: std::io::Error) -> StorageError {
+    fn error(&self, name: &str, action: &'static str, source: io::Error) -> StorageError {
         let (place, name) = (self.folder.display().to_string(), name.to_owned());
         match source.kind() {
             ErrorKind::NotFound if action == "read" => StorageError::Missing { place, name },
@@ -72,8 +73,33 @@ impl LocalFolder {
         }
     }
 
+    /// Writes a file beside its place, and moves it there.
+    fn write(&self, beside: &str, make: &mut MakeBlob) -> Result<String, StorageError> {
+        let path = self.folder.join(beside);
+        let mut named = None;
+        let mut write = || -> io::Result<()> {
+            let mut file = BufWriter::new(File::create(&path)?);
+            let name = &*named.insert(make(&mut file)?);
+            let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+            file.sync_all()?;
+            check_name(name).map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
+            fs::rename(&path, self.folder.join(name))?;
+            File::open(&self.folder)?.sync_all()
+        };
+        let written = write();
+        let name = named.unwrap_or_else(|| UNNAMED.to_owned());
+        match written {
+            Ok(()) => Ok(name),
+            Err(error) => {
+                // What went wrong matters more than whether the scraps could be swept up.
+                let _ = fs::remove_file(&path);
+                Err(self.error(&name, "written", error))
+            }
+        }
+    }
+
     #[allow(unsafe_code)]
-    fn map(&self, name: &str) -> std::io::Result<Blob> {
+    fn map(&self, name: &str) -> io::Result<Blob> {
         let file = File::open(self.folder.join(name))?;
         // An empty range cannot be mapped.
         if file.metadata()?.len() == 0 {
@@ -99,19 +125,19 @@ impl Storage for LocalFolder {
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StorageError> {
         check_name(name)?;
         // Two processes may write the same blob: each does so beside the other.
-        let beside = self.folder.join(format!("{UNFINISHED}{}.{name}", std::process::id()));
-        let write = || {
-            let mut file = File::create(&beside)?;
+        let beside = format!("{UNFINISHED}{}.{name}", std::process::id());
+        self.write(&beside, &mut |file| {
             file.write_all(bytes)?;
-            file.sync_all()?;
-            fs::rename(&beside, self.folder.join(name))?;
-            File::open(&self.folder)?.sync_all()
-        };
-        write().map_err(|error| {
-            // What went wrong matters more than whether the scraps could be swept up.
-            let _ = fs::remove_file(&beside);
-            self.error(name, "written", error)
+            Ok(name.to_owned())
         })
+        .map(drop)
+    }
+
+    fn put_made(&self, make: &mut MakeBlob) -> Result<String, StorageError> {
+        static N_MADE: AtomicU64 = AtomicU64::new(0);
+        // No blob's name begins with a dot, so none that is written meanwhile has this place.
+        let nth = N_MADE.fetch_add(1, Ordering::Relaxed);
+        self.write(&format!("{UNFINISHED}{}..{nth}", std::process::id()), make)
     }
 
     fn delete(&self, name: &str) -> Result<(), StorageError> {
@@ -145,6 +171,27 @@ mod tests {
         assert!(matches!(storage.get("a"), Err(StorageError::Missing { .. })));
         assert!(matches!(storage.delete("a"), Err(StorageError::Io { .. })));
         assert!(matches!(storage.put("../a", b""), Err(StorageError::Name { .. })));
+    }
+
+    #[test]
+    fn a_blob_may_be_named_when_it_is_written() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let storage = LocalFolder::new(folder.path()).expect("made");
+        let made = |name: &str, fails: bool| {
+            storage.put_made(&mut |file| {
+                file.write_all(b"one")?;
+                match fails {
+                    true => Err(ErrorKind::StorageFull.into()),
+                    false => Ok(name.to_owned()),
+                }
+            })
+        };
+        assert_eq!(made("a", false).expect("written"), "a");
+        assert_eq!(&storage.get("a").expect("read")[..], b"one");
+        for (name, fails) in [("b", true), ("../b", false), (".b", false)] {
+            assert!(matches!(made(name, fails), Err(StorageError::Io { action: "written", .. })));
+        }
+        assert_eq!(fs::read_dir(folder.path()).expect("listed").count(), 1);
     }
 
     #[test]

@@ -179,6 +179,10 @@ fn a_store_is_filled_once_and_belongs_to_its_model() {
     while !first.exists() && child.try_wait().unwrap().is_none() {
         sleep(Duration::from_millis(1));
     }
+    // Held where it is, so that it is at work for as long as it takes.
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-STOP", &id]).status().unwrap().success());
+    fails(folder, "other", &["activations is being filled", "wait for"]);
     child.kill().unwrap();
     child.wait().unwrap();
     finished(&command(folder, "broken").output().unwrap());
@@ -230,6 +234,9 @@ fn every_kind_can_be_trained() {
         {"jump_relu": {"l0_coefficient": 0.1, "l0_target": 6}},
         {"standard": {"l1_coefficient": 0.5}},
         {"gated": {"l1_coefficient": 0.5}},
+        {"multi_top_k": {"k": 4}},
+        {"abs_top_k": {"k": 4}},
+        {"matching_pursuit": {"residual_threshold": 0.1, "max_iterations": 8}},
     ]);
     let project = project(|config| {
         let kinds = objectives.as_array().unwrap().iter().enumerate();
@@ -252,13 +259,13 @@ fn every_kind_can_be_trained() {
     let evaluation = fs::read(folder.join("out/evaluation.json")).unwrap();
     let evaluation: Value = serde_json::from_slice(&evaluation).unwrap();
     let saes = evaluation["saes"].as_array().unwrap();
-    assert_eq!(saes.len(), 7);
+    assert_eq!(saes.len(), 10);
     for sae in saes {
         let name = sae["name"].as_str().unwrap();
         assert!(sae["next_tokens"]["ce_spliced"].as_f64().is_some_and(f64::is_finite), "{sae}");
         saelens::read(&folder.join("out").join(name), &Device::flex()).unwrap();
     }
-    assert_eq!(saes[6]["target_hook_point"], "blocks.1.hook_mlp_out");
+    assert_eq!(saes[9]["target_hook_point"], "blocks.1.hook_mlp_out");
 }
 
 #[test]
@@ -267,7 +274,13 @@ fn the_examples_are_configs() {
     let mut n = 0;
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        examples::train::Plan::read(&path).unwrap_or_else(|error| panic!("{error:#}"));
+        let plan = examples::train::Plan::read(&path).unwrap_or_else(|error| panic!("{error:#}"));
+        for sae in &plan.saes {
+            let d_out = sae.target().unwrap().map(|_| 576);
+            let config = sae.train_config(576, d_out);
+            config.validate(576).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            assert!(saelens::can_write(&config.sae(576)), "{}", path.display());
+        }
         n += 1;
     }
     assert!(n > 0);
@@ -318,6 +331,20 @@ fn what_is_wrong_is_said_in_one_line_with_what_to_do() {
     wrong(|c| c["text"]["field"] = json!("words"), &["d.jsonl", "line 1", "words", "text.field"]);
     wrong(|c| c["batch"] = json!(1_000_000), &["too little text", "lower batch"]);
     wrong(|c| c["stream"]["mixed_share"] = json!(1.0), &["mixed_share"]);
+    wrong(|c| c["stream"]["max_norm"] = json!(0.5), &["max_norm", "above 1"]);
+    wrong(|c| c["stream"]["max_nrom"] = json!(2), &["max_nrom", "max_norm", "skip_positions"]);
+    let sae = |c: &mut Value, key: &str, value: Value| c["saes"][0][key] = value;
+    wrong(|c| c["saes"][0]["optimizer"] = json!({"adamw": {}}), &["adamw", "row_lazy_adam"]);
+    wrong(|c| c["saes"][0]["optimizer"] = json!({"adam": {"beta": 1}}), &["beta", "beta_1"]);
+    wrong(|c| c["saes"][0]["resampling"] = json!({"often": 1}), &["often", "every", "rule"]);
+    wrong(|c| c["saes"][0]["anneal"] = json!({"from": 200}), &["early", "200", "96"]);
+    wrong(|c| c["saes"][0]["decoder"] = json!("held"), &["held", "free", "unit"]);
+    let with = |key: &'static str, value: Value, named: &[&str]| {
+        let project = project(|config| sae(config, key, value));
+        fails(project.path(), "out", named);
+    };
+    with("decoder_norm", json!(-1), &["early", "decoder_norm"]);
+    with("resampling", json!({"every": 0}), &["early", "resampling.every"]);
     let empty = tempfile::tempdir().unwrap();
     fails(empty.path(), "out", &["config.json", "examples/configs"]);
 }
@@ -335,4 +362,142 @@ fn another_run_in_the_same_folder_is_refused() {
     fs::write(folder.join("config.json"), other).unwrap();
     let named = ["another run", "another --out", "model", "llama_mha", "runs.early.config"];
     fails(folder, "out", &named);
+}
+
+/// Runs on a file of this name and content beside the other text, or in its place.
+fn with_text(name: &str, bytes: &[u8], alone: bool) -> tempfile::TempDir {
+    let project = project(|config| {
+        if alone {
+            config["text"]["paths"] = json!([name]);
+        }
+    });
+    let path = project.path().join(if alone { name.to_owned() } else { format!("text/{name}") });
+    fs::write(path, bytes).unwrap();
+    project
+}
+
+#[test]
+fn text_that_is_none_is_named() {
+    let project = with_text("latin.txt", b"caf\xe9 au lait", false);
+    fails(project.path(), "out", &["latin.txt", "byte 3", "UTF-8", "convert"]);
+    let project = with_text("empty.txt", b" \n", true);
+    fails(project.path(), "out", &["text.paths", "no text", "name some"]);
+    let project = with_text("short.txt", b"A few words.", true);
+    fails(project.path(), "out", &["12 tokens", "held_out_tokens = 600", "hold out less"]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_found_out_at_once() {
+    let project = project(|_| ());
+    fs::write(project.path().join("file"), "").unwrap();
+    fails(project.path(), "file", &["file cannot be used", "choose an --out"]);
+    // Where even the superuser may make nothing.
+    if Path::new("/proc/self").exists() {
+        fails(project.path(), "/proc/none", &["/proc/none cannot be used", "choose an --out"]);
+    }
+}
+
+#[test]
+fn two_trainers_on_one_folder_do_not_meet() {
+    let project = project(|_| ());
+    let folder = project.path();
+    let mut child = started(folder, "out");
+    wait_for_step(&mut child, &folder.join("out"), 7);
+    fails(folder, "out", &["out is in use", "another --out"]);
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(0));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_and_told() {
+    let project = project(|config| config["n_steps"] = json!(20));
+    let folder = project.path();
+    finished(&command(folder, "out").output().unwrap());
+    let whole = left(folder, "out");
+    let mut names: Vec<PathBuf> = fs::read_dir(folder.join("out/checkpoints"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some())
+        .collect();
+    names.sort();
+    let newest = names.last().unwrap();
+    let bytes = fs::read(newest).unwrap();
+    fs::write(newest, &bytes[..bytes.len() / 2]).unwrap();
+    let told = finished(&command(folder, "out").output().unwrap());
+    for part in ["passed over step-000000000020", "damaged", "going on behind step 14 of 20"] {
+        assert!(told.contains(part), "{part:?} is not in {told}");
+    }
+    assert!(left(folder, "out") == whole);
+    let newest = fs::read_dir(folder.join("out/checkpoints")).unwrap();
+    for path in newest.map(|entry| entry.unwrap().path()).filter(|p| p.extension().is_some()) {
+        fs::write(path, "none").unwrap();
+    }
+    fails(folder, "out", &["no checkpoint", "can be read", "another --out"]);
+}
+
+/// A limit on the size of files stands in for a disk that is full.
+#[test]
+#[cfg(unix)]
+fn a_full_disk_loses_nothing() {
+    let project = project(|config| config["n_steps"] = json!(20));
+    let folder = project.path();
+    finished(&command(folder, "whole").output().unwrap());
+    let limited = |out: &str, blocks: usize| {
+        let train = command(folder, out);
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!("ulimit -f {blocks}; exec \"$0\" \"$@\""));
+        shell.arg(train.get_program()).args(train.get_args());
+        shell.envs(train.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let output = shell.output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+        for part in ["make room", "run it again"] {
+            assert!(stderr.contains(part), "{stderr}");
+        }
+    };
+    // Too little for a checkpoint; then, the training done, for the SAEs.
+    limited("broken", 100);
+    let told = finished(&command(folder, "broken").output().unwrap());
+    assert!(!told.contains("going on"), "{told}");
+    for name in ["early/sae_weights.safetensors", "report.html"] {
+        fs::remove_file(folder.join("broken").join(name)).unwrap();
+    }
+    limited("broken", 20);
+    finished(&command(folder, "broken").output().unwrap());
+    for ((name, whole), (_, broken)) in left(folder, "whole").iter().zip(left(folder, "broken")) {
+        assert!(*whole == broken, "{name} differs");
+    }
+}
+
+#[test]
+fn whatever_differs_from_the_run_before_is_named() {
+    let project = project(|config| config["n_steps"] = json!(3));
+    let folder = project.path();
+    finished(&command(folder, "out").output().unwrap());
+    let before = fs::read(folder.join("out/metrics.jsonl")).unwrap();
+    let config: Value =
+        serde_json::from_str(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
+    let changes: [(fn(&mut Value), &str); 5] = [
+        (|c| c["saes"][0]["d_sae"] = json!(112), "runs.early.config.d_sae is 112, expected 96"),
+        (|c| c["seed"] = json!(4), "seed is 4, expected 3"),
+        (|c| c["text"]["n_tokens"] = json!(4000), "data is"),
+        (|c| c["stream"]["max_norm"] = json!(null), "max_norm is absent, expected 10"),
+        (|c| c["saes"][0]["optimizer"] = json!({"signum": {}}), "runs.early.config.optimizer"),
+    ];
+    for (change, named) in changes {
+        let mut config = config.clone();
+        change(&mut config);
+        fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        fails(folder, "out", &["another run", "another --out", named]);
+    }
+    assert_eq!(fs::read(folder.join("out/metrics.jsonl")).unwrap(), before);
+}
+
+#[test]
+fn what_the_config_can_say_is_in_the_long_help() {
+    let output = Command::new(env!("CARGO_BIN_EXE_train")).arg("--help").output().unwrap();
+    let help = finished(&output);
+    for key in ["optimizer", "resampling", "stream.max_norm", "matching_pursuit", "anneal"] {
+        assert!(help.contains(key), "{key} is not in {help}");
+    }
 }

@@ -8,6 +8,7 @@ mod options;
 mod outcome;
 mod page;
 mod plot;
+mod recipe;
 mod signals;
 mod stream;
 mod text;
@@ -18,16 +19,21 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use sae_core::Sae;
 use sae_core::format::saelens;
 use sae_core::source::ActivationSource;
 use sae_core::train::{
-    CheckpointError, Checkpoints, Ended, Event, Fit, FitConfig, FitError, Run, Trainer,
+    CheckpointError, Checkpoints, Ended, Event, Fit, FitConfig, FitError, Run, TrainError, Trainer,
 };
 
 pub use objective::Objective;
-pub use options::{Options, Plan, SaePlan, StreamPlan, TextPlan};
+pub use options::{KEYS, Options, Plan, SaePlan, StreamPlan, TextPlan};
+pub use recipe::{
+    AnnealPlan, BetasPlan, CentrePlan, DecayPlan, DecoderPlan, OptimizerPlan, ResamplingPlan,
+    ResamplingRulePlan,
+};
 
-use self::outcome::Setting;
+use self::outcome::{Results, Setting};
 use self::signals::Stop;
 use self::stream::{Chunking, Harvest};
 use crate::assets::{Head, TextModel, load_text_model};
@@ -52,6 +58,10 @@ pub fn run(options: &Options) -> Result<Outcome> {
     let plan = Plan::read(&options.config)?;
     let device = device(&options.device)?;
     let stop = Stop::on_signals()?;
+    // First of all: a folder that cannot be had should not be found out after minutes.
+    let out = &options.out;
+    let checkpoints = Checkpoints::open(&out.join("checkpoints"))
+        .map_err(|error| explained(out, error.into()))?;
 
     step("Loading the model");
     let head = if plan.preferences.is_some() { Head::Reward } else { Head::Language };
@@ -97,38 +107,53 @@ pub fn run(options: &Options) -> Result<Outcome> {
 
     step("Training");
     let runs = runs(&plan, &harvest)?;
-    let kept = Kept { options, plan: &plan, loaded: &loaded, stop: &stop };
-    let Some((trainers, n_steps)) = kept.train(runs, &mut *source, &mut held_out)? else {
+    let kept = Kept { out, plan: &plan, loaded: &loaded, stop: &stop };
+    let trained = kept.train(runs, &mut *source, &mut held_out, checkpoints)?;
+    let Some(Trained { trainers, n_steps, n_left_out, checkpoints: _checkpoints }) = trained else {
         return Ok(stopped("the training"));
     };
+    if n_left_out > 0 {
+        let times = plan.stream.max_norm.unwrap_or_default();
+        tell(&format!("left out {n_left_out} activations longer than {times} times the median"));
+    }
 
     step("Measuring");
     let saes = outcome::saes(&trainers, &plan, &loaded)?;
-    tell("The model runs on the held-out text as it is, ablated, and with each SAE: minutes");
     let setting = Setting {
         plan: &plan,
         loaded: &loaded,
         held_out: &split.held_out,
         preferences: preferences.as_deref(),
         n_tokens: split.training.n_tokens(),
+        n_left_out,
         n_steps,
+        stop: &stop,
     };
-    let results = setting.measure(&saes)?;
-    for (sae, plan) in saes.iter().zip(&plan.saes) {
-        saelens::write(sae, &options.out.join(&plan.name))?;
-    }
-    let curves = page::read_curves(&options.out.join(METRICS), &plan)?;
-    let json = serde_json::to_string_pretty(&results)?;
-    write_whole(&options.out.join("evaluation.json"), json.as_bytes())?;
-    let html = page::render(&results, &curves)?;
-    write_whole(&options.out.join("report.html"), html.as_bytes())?;
+    let Some(results) = setting.measure(&saes)? else {
+        return Ok(stopped("the training"));
+    };
+    write_results(out, &plan, &saes, &results).with_context(|| {
+        format!("the training is saved: make room in {}, then run it again", out.display())
+    })?;
     for line in outcome::summary(&results) {
         tell(&line);
     }
-    let page = options.out.join("report.html");
+    let page = out.join("report.html");
     let page = page.canonicalize().with_context(|| format!("cannot find {}", page.display()))?;
     tell(&format!("Open {}", page.display()));
     Ok(Outcome::Finished)
+}
+
+/// The SAEs, the figures and the page.
+fn write_results(out: &Path, plan: &Plan, saes: &[Sae], results: &Results) -> Result<()> {
+    for (sae, plan) in saes.iter().zip(&plan.saes) {
+        saelens::write(sae, &out.join(&plan.name))?;
+    }
+    let curves = page::read_curves(&out.join(METRICS), plan)?;
+    let json = serde_json::to_string_pretty(results)?;
+    write_whole(&out.join("evaluation.json"), json.as_bytes())?;
+    let html = page::render(results, &curves)?;
+    write_whole(&out.join("report.html"), html.as_bytes())
 }
 
 /// The events of the run, a line each.
@@ -146,7 +171,7 @@ fn runs(plan: &Plan, harvest: &Harvest) -> Result<Vec<Run>> {
         ensure!(
             saelens::can_write(&config.sae(width)),
             "{}: there is no file format for {} as it is here: a transcoder can be batch_top_k, \
-             matryoshka, jump_relu or standard",
+             matryoshka, jump_relu or standard, and nothing can be group_max",
             sae.name,
             sae.objective.label()
         );
@@ -161,10 +186,20 @@ fn runs(plan: &Plan, harvest: &Harvest) -> Result<Vec<Run>> {
 
 /// A training run in its folder.
 struct Kept<'a> {
-    options: &'a Options,
+    out: &'a Path,
     plan: &'a Plan,
     loaded: &'a TextModel,
     stop: &'a Stop,
+}
+
+/// What came of it.
+struct Trained {
+    trainers: Vec<Trainer>,
+    n_steps: usize,
+    /// Activations that were too long to be trained on.
+    n_left_out: u64,
+    /// Nobody else may begin in the folder before all is written.
+    checkpoints: Option<Checkpoints>,
 }
 
 impl Kept<'_> {
@@ -174,33 +209,33 @@ impl Kept<'_> {
         runs: Vec<Run>,
         source: &mut dyn ActivationSource,
         held_out: &mut dyn ActivationSource,
-    ) -> Result<Option<(Vec<Trainer>, usize)>> {
-        let Self { options, plan, loaded, stop } = self;
-        let checkpoints = Checkpoints::open(&options.out.join("checkpoints"))
-            .map_err(|error| self.explained(error.into()))?;
+        checkpoints: Checkpoints,
+    ) -> Result<Option<Trained>> {
+        let Self { out, plan, loaded, stop } = self;
+        let explained = |error| explained(out, error);
         let config = FitConfig::new()
             .with_n_steps(plan.n_steps)
             .with_checkpoint_every(plan.checkpoint_every)
             .with_evaluate_every(plan.evaluate_every)
+            .with_max_skipped(plan.max_skipped)
+            .with_max_norm(plan.stream.max_norm)
             .with_model(format!("{} {}", loaded.name, loaded.hash));
         let device = loaded.model.body().device();
-        let fit = Fit::resume(runs, source, config, device, checkpoints)
-            .map_err(|error| self.explained(error))?;
+        let fit = Fit::resume(runs, source, config, device, checkpoints).map_err(explained)?;
         if let Some(resumed) = fit.resumed() {
             for passed_over in &resumed.passed_over {
                 tell(&format!("passed over {}: {}", passed_over.name, passed_over.error));
             }
             tell(&format!("going on behind step {} of {}", resumed.step, fit.n_steps()));
         }
-        let path = options.out.join(METRICS);
+        let path = out.join(METRICS);
         forget_after(&path, fit.steps_done()).context("the metrics")?;
         let metrics = File::options().create(true).append(true).open(&path);
         let metrics = metrics.with_context(|| format!("cannot write {}", path.display()))?;
         // Whole lines, so that a checkpoint is never ahead of the metrics.
         let mut metrics = LineWriter::new(metrics);
-        let (n_steps, done) = (fit.n_steps(), fit.steps_done());
-        let bar = bar("training", n_steps as u64);
-        bar.set_position(done as u64);
+        let bar = bar("training", fit.n_steps() as u64);
+        bar.set_position(fit.steps_done() as u64);
         bar.reset_eta();
         let mut fit =
             fit.evaluate_on(held_out)?.write_metrics_to(&mut metrics).stop_on(stop.flag());
@@ -225,37 +260,45 @@ impl Kept<'_> {
             ControlFlow::Continue(())
         });
         bar.finish_and_clear();
-        let ended = ended.map_err(|error| self.explained(error))?;
-        let trainers = fit.into_trainers();
-        Ok((ended == Ended::Finished).then_some((trainers, n_steps)))
+        let ended = ended.map_err(explained)?;
+        let (n_steps, n_left_out) = (fit.n_steps(), fit.n_left_out());
+        let (trainers, checkpoints) = fit.into_parts();
+        let trained = Trained { trainers, n_steps, n_left_out, checkpoints };
+        Ok((ended == Ended::Finished).then_some(trained))
     }
+}
 
-    /// An error with what to do about it.
-    fn explained(&self, error: FitError) -> anyhow::Error {
-        let out = self.options.out.display();
-        let advice = match &error {
-            FitError::Checkpoint(CheckpointError::OtherRun { .. }) => {
-                format!("{out} has another run: choose another --out, or undo what differs")
-            }
-            FitError::Checkpoint(CheckpointError::Locked { .. }) => {
-                format!("{out} is in use: wait for the other program, or choose another --out")
-            }
-            FitError::Checkpoint(CheckpointError::NoneUsable { .. }) => {
-                format!("no checkpoint in {out} can be read: start anew with another --out")
-            }
-            FitError::TooManySkipped { .. } => {
-                format!("training diverges: lower learning_rate, with another --out than {out}")
-            }
-            FitError::Train(sae_core::train::TrainError::TooFewRows { .. }) => {
-                "there is too little text for a step: give more text, or lower batch".to_owned()
-            }
-            FitError::SourceEnded { .. } => {
-                "the text ends before n_steps: lower it, or raise text.n_passes".to_owned()
-            }
-            _ => return anyhow!(error).context("while training"),
-        };
-        anyhow!(error).context(advice)
-    }
+/// An error with what to do about it.
+fn explained(out: &Path, error: FitError) -> anyhow::Error {
+    let out = out.display();
+    let advice = match &error {
+        FitError::Checkpoint(CheckpointError::OtherRun { .. }) => {
+            format!("{out} has another run: choose another --out, or undo what differs")
+        }
+        FitError::Checkpoint(CheckpointError::Locked { .. }) => {
+            format!("{out} is in use: wait for the other program, or choose another --out")
+        }
+        FitError::Checkpoint(CheckpointError::NoneUsable { .. }) => {
+            format!("no checkpoint in {out} can be read: start anew with another --out")
+        }
+        FitError::Checkpoint(CheckpointError::Save { .. }) | FitError::Metrics { .. } => {
+            format!("{out} cannot be written: make room, then run it again to go on")
+        }
+        FitError::Checkpoint(CheckpointError::Storage(_) | CheckpointError::Lock { .. }) => {
+            format!("{out} cannot be used: choose an --out that can be read and written")
+        }
+        FitError::TooManySkipped { .. } => {
+            format!("training diverges: lower learning_rate, with another --out than {out}")
+        }
+        FitError::Train(TrainError::TooFewRows { .. }) => {
+            "there is too little text for a step: give more text, or lower batch".to_owned()
+        }
+        FitError::SourceEnded { .. } => {
+            "the text ends before n_steps: lower it, or raise text.n_passes".to_owned()
+        }
+        _ => return anyhow!(error).context("while training"),
+    };
+    anyhow!(error).context(advice)
 }
 
 /// Drops the lines of steps that will be made again, and one that was cut.

@@ -10,6 +10,9 @@ use sae_core::train::{Schedule, TrainConfig, Transcoder};
 use serde::Deserialize;
 
 use super::objective::Objective;
+use super::recipe::{
+    AnnealPlan, CentrePlan, DecayPlan, DecoderPlan, OptimizerPlan, ResamplingPlan,
+};
 use crate::assets::locate_model;
 
 /// Trains sparse autoencoders on what a language or reward model computes, and shows how good they
@@ -17,9 +20,9 @@ use crate::assets::locate_model;
 ///
 /// Exit codes: 0 done, 2 something is wrong, 3 stopped by SIGINT or SIGTERM with everything saved.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "train", version)]
+#[command(name = "train", version, after_long_help = KEYS)]
 pub struct Options {
-    /// What to train, on what: see examples/configs
+    /// What to train, on what: see below, and examples/configs
     #[arg(value_name = "CONFIG.json")]
     pub config: PathBuf,
     /// Where the SAEs, the page and the checkpoints go
@@ -29,6 +32,9 @@ pub struct Options {
     #[arg(long, env = "BURN_DEVICE", default_value = "flex", value_name = "NAME")]
     pub device: String,
 }
+
+/// All keys of a config: what the long help ends with.
+pub const KEYS: &str = include_str!("keys.txt");
 
 /// What is trained, on what. Paths count from the file that says so.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -61,6 +67,9 @@ pub struct Plan {
     /// Steps between evaluations on the held-out text.
     #[serde(default = "default_evaluate_every")]
     pub evaluate_every: usize,
+    /// Steps that each SAE may skip because its loss or gradient was not finite.
+    #[serde(default = "default_max_skipped")]
+    pub max_skipped: usize,
     /// Decides every draw.
     #[serde(default)]
     pub seed: u64,
@@ -97,15 +106,36 @@ pub struct SaePlan {
     /// The share of the steps over which it falls.
     #[serde(default = "default_decay")]
     pub decay: f64,
+    /// How it falls.
+    #[serde(default)]
+    pub decay_shape: DecayPlan,
     /// The share of the steps over which the weight of sparsity rises.
     #[serde(default)]
     pub sparsity_warmup: f64,
+    /// Where `k` or `p` starts, if it moves to where the objective has it.
+    #[serde(default)]
+    pub anneal: Option<AnnealPlan>,
+    /// How the weights follow their gradients.
+    #[serde(default)]
+    pub optimizer: OptimizerPlan,
     /// Gradients of a larger norm are scaled down to this one.
     #[serde(default = "default_clip_norm")]
     pub clip_norm: Option<f64>,
+    /// What holds the norms of decoder rows.
+    #[serde(default)]
+    pub decoder: DecoderPlan,
+    /// Their norm at the start; 1 if they are held, or else 0.1, if not given.
+    #[serde(default)]
+    pub decoder_norm: Option<f64>,
+    /// Where `b_dec` starts.
+    #[serde(default)]
+    pub centre: CentrePlan,
     /// A latent is dead when it was not active on so many activations in a row.
     #[serde(default = "default_dead_after")]
     pub dead_after: u64,
+    /// Whether dead latents get new weights from time to time.
+    #[serde(default)]
+    pub resampling: Option<ResamplingPlan>,
 }
 
 /// What the model reads.
@@ -150,6 +180,8 @@ pub struct StreamPlan {
     pub store: Option<PathBuf>,
     /// Positions at the start of every piece that are left out.
     pub skip_positions: usize,
+    /// Activations are left out whose norm is above so many times the median, if any are.
+    pub max_norm: Option<f64>,
     /// Tokens of a forward pass.
     pub batch_tokens: usize,
     /// Activations that are shuffled among each other.
@@ -163,6 +195,7 @@ impl Default for StreamPlan {
         Self {
             store: None,
             skip_positions: 1,
+            max_norm: Some(10.0),
             batch_tokens: 1024,
             mixed_rows: 16_384,
             mixed_share: 0.5,
@@ -180,6 +213,10 @@ fn default_checkpoint_every() -> usize {
 
 fn default_evaluate_every() -> usize {
     100
+}
+
+fn default_max_skipped() -> usize {
+    10
 }
 
 fn default_learning_rate() -> f64 {
@@ -322,16 +359,108 @@ impl SaePlan {
             .with_learning_rate(self.learning_rate)
             .with_warmup(self.warmup)
             .with_decay(self.decay)
-            .with_sparsity_warmup(self.sparsity_warmup);
+            .with_decay_shape(self.decay_shape.into())
+            .with_sparsity_warmup(self.sparsity_warmup)
+            .with_anneal(self.anneal.map(Into::into));
+        let decoder_norm = match self.decoder {
+            DecoderPlan::Free => 0.1,
+            DecoderPlan::Unit => 1.0,
+        };
         TrainConfig::new(d_sae, objective)
             .with_transcoder(d_out.map(|d_out| Transcoder { d_out, skip: self.skip }))
             .with_schedule(schedule)
+            .with_optimizer(self.optimizer.into())
             .with_clip_norm(self.clip_norm)
+            .with_decoder(self.decoder.into())
+            .with_decoder_norm(self.decoder_norm.unwrap_or(decoder_norm))
+            .with_centre(self.centre.into())
             .with_dead_after(self.dead_after)
+            .with_resampling(self.resampling.map(Into::into))
     }
 
     /// Number of latents, on activations of this width.
     pub fn d_sae(&self, width: usize) -> usize {
         self.d_sae.unwrap_or_else(|| self.expansion.unwrap_or(8) * width)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::recipe::BetasPlan;
+    use serde::de::DeserializeOwned;
+
+    /// The keys that a type knows, from what it says about one that it does not.
+    fn keys_of<T: DeserializeOwned>() -> Vec<String> {
+        let error = serde_json::from_str::<T>(r#"{"?": 0}"#).err().expect("refused").to_string();
+        let expected = error.split("expected ").nth(1).unwrap_or_else(|| panic!("{error}"));
+        expected.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn the_table_of_keys_is_whole() {
+        let mut known: Vec<String> = keys_of::<Plan>();
+        known.retain(|key| key != "text" && key != "stream");
+        known.extend(keys_of::<TextPlan>().iter().map(|key| format!("text.{key}")));
+        known.extend(keys_of::<StreamPlan>().iter().map(|key| format!("stream.{key}")));
+        known.extend(keys_of::<SaePlan>());
+        known.extend(keys_of::<Objective>());
+        let told = KEYS.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+        let told: Vec<&str> = told
+            .flat_map(|line| line.trim().split("  ").next().expect("a key").split(", "))
+            .collect();
+        for key in &known {
+            assert!(told.contains(&key.as_str()), "{key} is not in keys.txt");
+        }
+        for key in told {
+            assert!(known.iter().any(|known| known == key), "{key} is in keys.txt, and unknown");
+        }
+        let within = [keys_of::<AnnealPlan>(), keys_of::<ResamplingPlan>(), keys_of::<BetasPlan>()];
+        for key in within.into_iter().flatten().chain(keys_of::<OptimizerPlan>()) {
+            assert!(KEYS.contains(&format!("\"{key}\"")), "{key} is not in keys.txt");
+        }
+        for kind in keys_of::<Objective>().iter().filter(|kind| *kind != "custom") {
+            let error = serde_json::from_str::<Objective>(&format!("{{{kind:?}: {{\"?\": 0}}}}"));
+            let error = error.err().expect("refused").to_string();
+            let at = KEYS.find(&format!("\n  {kind} ")).expect("it was found before");
+            for field in error.split('`').skip(3).step_by(2) {
+                assert!(KEYS[at..].contains(field), "{kind}: {field} is not in keys.txt");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_said_is_what_is_trained() {
+        let plan: SaePlan = serde_json::from_str(
+            r#"{"name": "a", "hook_point": "blocks.0.hook_resid_post", "d_sae": 64,
+                "objective": {"standard": {"l1_coefficient": 2, "p": 0.5, "to_the_p": true,
+                    "weighted_by_decoder_norms": false}},
+                "decay_shape": "cosine", "anneal": {"from": 1, "end": 0.5}, "decoder": "unit",
+                "optimizer": {"row_lazy_adam": {"beta_1": 0.5}}, "centre": "geometric_median",
+                "resampling": {"every": 50, "rule": "dictionary_learning"}, "clip_norm": null}"#,
+        )
+        .expect("a plan");
+        use sae_core::train::*;
+        let sparsity = Sparsity {
+            coefficient: 2.0,
+            norm: SparsityNorm::LpToTheP { p: 0.5 },
+            weighted_by_decoder_norms: false,
+        };
+        let kind = Kind::Standard(Standard { sparsity });
+        let objective = Objective::new(kind);
+        let anneal = Anneal { from: 1.0, begin: 0.0, end: 0.5 };
+        let expected = TrainConfig::new(64, objective)
+            .with_schedule(
+                Schedule::new().with_decay_shape(DecayShape::Cosine).with_anneal(Some(anneal)),
+            )
+            .with_decoder(DecoderNorm::Unit)
+            .with_decoder_norm(1.0)
+            .with_optimizer(Optimizer::RowLazyAdam(Betas::new().with_beta_1(0.5)))
+            .with_centre(Centre::GeometricMedian)
+            .with_resampling(Some(
+                Resampling::new(50).with_rule(ResamplingRule::DictionaryLearning),
+            ));
+        assert_eq!(plan.train_config(32, None), expected);
+        assert_eq!(expected.validate(32), Ok(()));
     }
 }

@@ -113,7 +113,14 @@ fn plots(results: &Results, curves: &[Curve]) -> Result<Vec<minijinja::Value>> {
         from_zero: true,
         lines: curves.iter().map(|curve| curve.fvus.clone()).enumerate().map(line).collect(),
     };
-    push(fvu.svg()?, "Fraction of variance unexplained on text that was not trained on.");
+    let but = match results.max_norm {
+        Some(times) => format!(", but for activations longer than {times} times the median"),
+        None => String::new(),
+    };
+    push(
+        fvu.svg()?,
+        &format!("Fraction of variance unexplained on text that was not trained on{but}."),
+    );
     let densities = Histogram {
         title: "Latents by density",
         lowest: DensityHistogram::LOWEST,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
 /// Set by SIGINT and SIGTERM; the second signal ends the program at once.
@@ -19,6 +19,8 @@ impl Stop {
                 .and_then(|_| flag::register(signal, stop.clone()))
                 .context("cannot handle signals")?;
         }
+        // Past a limit on file sizes, a write shall fail and say so, and not end the program.
+        flag::register(SIGXFSZ, Arc::default()).context("cannot handle signals")?;
         Ok(Self(stop))
     }
 

@@ -1,10 +1,13 @@
 //! Activations of the text: made while the SAEs train, or kept in a store.
 
+use std::fs::{File, TryLockError};
 use std::ops::{ControlFlow, Range};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::Tensor;
 use model_hooks::{
     ForwardError, HarvestConfig, HookPoint, LanguageModel, Layout, SharedPrefix, TokenBatch,
@@ -209,6 +212,9 @@ pub(super) fn stored(
             write_whole(&place, content.as_bytes())?;
         }
     }
+    let lock = locked(&place).with_context(|| {
+        format!("the store {} is being filled: wait for the other program", folder.display())
+    })?;
     let storage: Arc<dyn Storage> = Arc::new(LocalFolder::new(folder)?);
     match StoreWriter::open(&*storage, WRITER, harvest.columns.clone(), SHARD_ROWS) {
         Err(StoreError::Finished { .. }) => {}
@@ -218,9 +224,24 @@ pub(super) fn stored(
             }
         }
     }
+    drop(lock);
     let window = plan.stream.mixed_rows as u64;
     let order = ReadOrder { seed: plan.seed, window, n_passes: plan.text.n_passes };
     Ok(Some(Box::new(StoreSource::open(storage, order)?)))
+}
+
+/// A file of which no other program has the lock. Whoever finds a full store holds it for a moment
+/// only.
+fn locked(path: &Path) -> Result<File> {
+    let file = File::open(path)?;
+    for _ in 0..20 {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(50)),
+            Err(TryLockError::Error(error)) => return Err(error.into()),
+        }
+    }
+    bail!("{} is locked", path.display())
 }
 
 /// Writes what is missing, and says whether it came to the end.

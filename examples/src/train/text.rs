@@ -4,7 +4,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use model_hooks::ModelConfig;
 use model_hooks::text::Tokenizer;
 use rand::SeedableRng;
@@ -135,7 +135,10 @@ fn documents(plan: &TextPlan) -> Result<Vec<String>> {
         read(&file, &plan.field, &mut documents)
             .with_context(|| format!("the text {}", file.display()))?;
     }
-    ensure!(!documents.is_empty(), "text.paths hold no text in .txt, .md or .jsonl files");
+    ensure!(
+        !documents.is_empty(),
+        "text.paths hold no text in .txt, .md or .jsonl files: name some that do"
+    );
     Ok(documents)
 }
 
@@ -158,7 +161,10 @@ fn find(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 fn read(file: &Path, field: &str, documents: &mut Vec<String>) -> Result<()> {
-    let text = fs::read_to_string(file)?;
+    let text = String::from_utf8(fs::read(file)?).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow!("byte {at} is no UTF-8: convert it, or leave it out of text.paths")
+    })?;
     let mut push = |document: &str| {
         if !document.trim().is_empty() {
             documents.push(document.trim().to_owned());

@@ -153,6 +153,38 @@ impl From<&Reconstruction> for ReconstructionSummary {
     }
 }
 
+/// How far a measurement has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MeasureProgress {
+    /// Tokens that the model has run on, in all passes together.
+    pub n_done: usize,
+    /// Tokens that it will have run on in the end.
+    pub n_tokens: usize,
+}
+
+/// Counts tokens, and tells of them.
+struct Meter<F> {
+    seen: MeasureProgress,
+    progress: F,
+}
+
+impl<F: FnMut(&MeasureProgress) -> ControlFlow<()>> Meter<F> {
+    fn new(texts: &[impl AsRef<[u32]>], n_passes: usize, progress: F) -> Self {
+        let n_tokens = n_passes * texts.iter().map(|text| text.as_ref().len()).sum::<usize>();
+        Self { seen: MeasureProgress { n_done: 0, n_tokens }, progress }
+    }
+
+    /// Takes in a pass over some tokens, or the end of one.
+    fn add(&mut self, n_tokens: usize) -> Result<(), EvaluateError> {
+        self.seen.n_done += n_tokens;
+        match (self.progress)(&self.seen) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(EvaluateError::Stopped),
+        }
+    }
+}
+
 /// Why an SAE could not be measured.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -181,6 +213,9 @@ pub enum EvaluateError {
         /// The activation's.
         actual: usize,
     },
+    /// The callback asked to stop.
+    #[error("the measurement was stopped")]
+    Stopped,
     /// There is nothing to measure on.
     #[error("nothing to measure on: expected {expected}")]
     Nothing {
@@ -207,6 +242,7 @@ fn reconstructions(
     subjects: &[Subject],
     texts: &[impl AsRef<[u32]>],
     batch_tokens: usize,
+    meter: &mut Meter<impl FnMut(&MeasureProgress) -> ControlFlow<()>>,
 ) -> Result<Vec<Reconstruction>, EvaluateError> {
     let mut points: Vec<HookPoint> = Vec::new();
     for subject in subjects {
@@ -228,7 +264,7 @@ fn reconstructions(
     };
     let mut metrics: Vec<_> =
         subjects.iter().map(|subject| Reconstruction::new(subject.sae.config().d_sae)).collect();
-    let mut wrong = None;
+    let (mut wrong, mut n_done) = (None, 0);
     let config = HarvestConfig {
         points: points.clone(),
         skip_positions,
@@ -255,15 +291,22 @@ fn reconstructions(
             let (latents, reconstruction) = subject.sae.run(x);
             metrics.update(target, reconstruction, &latents);
         }
+        n_done += harvested.places.len();
+        if let Err(stopped) = meter.add(harvested.places.len()) {
+            wrong.get_or_insert(stopped);
+        }
         match wrong {
             Some(_) => ControlFlow::Break(()),
             None => ControlFlow::Continue(()),
         }
     })?;
-    match wrong {
-        Some(error) => Err(error),
-        None => Ok(metrics),
+    if let Some(error) = wrong {
+        return Err(error);
     }
+    // Positions that are left alone are not handed over.
+    let n_tokens = texts.iter().map(|text| text.as_ref().len()).sum::<usize>();
+    meter.add(n_tokens - n_done)?;
+    Ok(metrics)
 }
 
 /// The rows at positions that the subject does not leave alone.

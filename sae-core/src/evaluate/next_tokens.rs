@@ -1,11 +1,13 @@
 //! What splicing an SAE in does to a language model's predictions.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Tensor, TensorData};
-use model_hooks::{Hook, LanguageModel, Predictions, TokenBatch, batches_in_order};
+use model_hooks::{Hook, HookPoint, LanguageModel, Predictions, TokenBatch, batches_in_order};
 use serde::Serialize;
 
 use super::ablation::Ablation;
-use super::{EvaluateError, Evaluation, Subject, reconstructions};
+use super::{EvaluateError, Evaluation, MeasureProgress, Meter, Subject, reconstructions};
 use crate::metrics::{Reconstruction, ce_recovered};
 
 /// How well a language model predicts text with an SAE in it. Cross-entropies are in nats, and
@@ -54,17 +56,29 @@ pub struct PositionRange {
 /// The texts are run through the model once up to the last SAE, for the figures of the
 /// reconstruction and the mean; then once clean, once with each point ablated in either way, and
 /// once with each SAE spliced in. Of the predictions, nothing is kept beyond a batch of
-/// `batch_tokens` (a longer text runs alone).
+/// `batch_tokens` (a longer text runs alone). `progress` is called after every batch of every pass,
+/// and can stop the measurement.
 ///
 /// # Errors
-/// If there is no SAE or no token to predict, an SAE does not fit its points, or a pass fails.
+/// If there is no SAE or no token to predict, an SAE does not fit its points, a pass fails, or
+/// `progress` asks to stop.
 pub fn language_model(
     model: &LanguageModel,
     subjects: &[Subject],
     texts: &[impl AsRef<[u32]>],
     batch_tokens: usize,
+    progress: impl FnMut(&MeasureProgress) -> ControlFlow<()>,
 ) -> Result<Vec<Evaluation>, EvaluateError> {
-    let metrics = reconstructions(model, subjects, texts, batch_tokens)?;
+    let mut ablations: Vec<(HookPoint, usize)> = Vec::new();
+    for subject in subjects {
+        let place = (subject.replaced(), subject.from_position);
+        if !ablations.contains(&place) {
+            ablations.push(place);
+        }
+    }
+    let n_passes = 2 + 2 * ablations.len() + subjects.len();
+    let mut meter = Meter::new(texts, n_passes, progress);
+    let metrics = reconstructions(model, subjects, texts, batch_tokens, &mut meter)?;
     let mut ablated: Vec<Ablated> = Vec::new();
     let mut measured: Vec<Measured> = Vec::new();
     for (subject, metrics) in subjects.iter().zip(&metrics) {
@@ -79,15 +93,19 @@ pub fn language_model(
         measured.push(Measured { ablation, positions: Vec::new() });
     }
     for batch in batches_in_order(texts, batch_tokens) {
+        let n_tokens = texts[batch.clone()].iter().map(|text| text.as_ref().len()).sum::<usize>();
         let tokens = TokenBatch::new(&texts[batch], model.config(), model.device())?;
         if tokens.dims()[1] == 1 {
+            meter.add((n_passes - 1) * n_tokens)?;
             continue;
         }
         let clean = Predictions::new(model.logits(&tokens, &mut ())?, &tokens);
         let clean_losses = host(clean.losses);
+        meter.add(n_tokens)?;
         for ablated in &mut ablated {
             ablated.zero.add(losses(model, &tokens, &mut ablated.to_zero)?, &tokens);
             ablated.mean.add(losses(model, &tokens, &mut ablated.to_mean)?, &tokens);
+            meter.add(2 * n_tokens)?;
         }
         for (subject, measured) in subjects.iter().zip(&mut measured) {
             let logits = model.logits(&tokens, &mut subject.splice())?;
@@ -98,6 +116,7 @@ pub fn language_model(
             let figures =
                 [clean_losses.clone(), host(spliced.losses), host(kl.reshape([batch, n]))];
             measured.add(&figures, &tokens);
+            meter.add(n_tokens)?;
         }
     }
     let nothing = EvaluateError::Nothing { expected: "a text of at least two tokens" };

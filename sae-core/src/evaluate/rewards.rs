@@ -1,9 +1,11 @@
 //! What splicing an SAE in does to a reward model's scores.
 
+use std::ops::ControlFlow;
+
 use model_hooks::{RewardModel, TokenBatch, batches_in_order};
 use serde::Serialize;
 
-use super::{EvaluateError, Evaluation, Subject, reconstructions};
+use super::{EvaluateError, Evaluation, MeasureProgress, Meter, Subject, reconstructions};
 
 /// Two conversations, the first of which is preferred.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,16 +32,18 @@ pub struct Rewards {
 }
 
 /// Measures SAEs in a reward model, on pairs of conversations: once clean, and once with each SAE
-/// spliced in, in batches of `batch_tokens` (a longer conversation runs alone).
+/// spliced in, in batches of `batch_tokens` (a longer conversation runs alone). `progress` is called
+/// after every batch of every pass, and can stop the measurement.
 ///
 /// # Errors
 /// If there is no SAE or no pair, an SAE does not fit its points, the model gives several scores,
-/// or a pass fails.
+/// a pass fails, or `progress` asks to stop.
 pub fn reward_model(
     model: &RewardModel,
     subjects: &[Subject],
     pairs: &[Preference],
     batch_tokens: usize,
+    progress: impl FnMut(&MeasureProgress) -> ControlFlow<()>,
 ) -> Result<Vec<Evaluation>, EvaluateError> {
     let [actual, _] = model.head().weight().dims();
     if actual != 1 {
@@ -50,16 +54,20 @@ pub fn reward_model(
     }
     let texts: Vec<&[u32]> =
         pairs.iter().flat_map(|pair| [&pair.chosen[..], &pair.rejected[..]]).collect();
-    let metrics = reconstructions(model.body(), subjects, &texts, batch_tokens)?;
+    let mut meter = Meter::new(&texts, 2 + subjects.len(), progress);
+    let metrics = reconstructions(model.body(), subjects, &texts, batch_tokens, &mut meter)?;
     let mut clean = Vec::with_capacity(texts.len());
     let mut spliced = vec![Vec::with_capacity(texts.len()); subjects.len()];
     for batch in batches_in_order(&texts, batch_tokens) {
         let body = model.body();
+        let n_tokens = texts[batch.clone()].iter().map(|text| text.len()).sum::<usize>();
         let tokens = TokenBatch::new(&texts[batch], body.config(), body.device())?;
         clean.extend(model.scores(&tokens, &mut ())?.into_data().iter::<f64>());
+        meter.add(n_tokens)?;
         for (subject, spliced) in subjects.iter().zip(&mut spliced) {
             let scores = model.scores(&tokens, &mut subject.splice())?;
             spliced.extend(scores.into_data().iter::<f64>());
+            meter.add(n_tokens)?;
         }
     }
     let evaluations = subjects.iter().zip(&metrics).zip(&spliced);

@@ -54,6 +54,10 @@ fn perfect(d_in: usize) -> Sae {
     Sae::new(SaeConfig::new(d_in, 2 * d_in, Activation::Relu), weights).expect("valid")
 }
 
+fn on(_: &MeasureProgress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 fn close(actual: f64, expected: f64, tolerance: f64) {
     assert!((actual - expected).abs() <= tolerance, "{actual}, expected {expected}");
 }
@@ -64,7 +68,7 @@ fn a_perfect_splice_changes_nothing() {
     let point = HookPoint::resid_post(1);
     let kept = Subject { error_term: ErrorTerm::Keep, ..Subject::new(&sae, point) };
     let subjects = [kept, Subject::new(&perfect, point)];
-    for evaluation in language_model(&model, &subjects, &texts(), 24).expect("runs") {
+    for evaluation in language_model(&model, &subjects, &texts(), 24, on).expect("runs") {
         let figures = evaluation.next_tokens.expect("of a language model");
         close(figures.kl, 0.0, 1e-6);
         close(figures.ce_spliced, figures.ce_clean, 1e-5);
@@ -77,7 +81,7 @@ fn the_figures_are_those_of_passes_by_hand() {
     let (model, sae, texts) = (model(), sae(48, 4), texts());
     let point = HookPoint::resid_post(1);
     let subject = Subject { from_position: 1, ..Subject::new(&sae, point) };
-    let evaluations = language_model(&model, &[subject], &texts, 24).expect("runs");
+    let evaluations = language_model(&model, &[subject], &texts, 24, on).expect("runs");
     let Evaluation { reconstruction, next_tokens, .. } = &evaluations[0];
     let figures = next_tokens.as_ref().expect("of a language model");
     assert_eq!((figures.n_tokens, reconstruction.n_rows), (29, 29));
@@ -146,9 +150,9 @@ fn batches_and_company_do_not_matter() {
     let (model, sae, other, texts) = (model(), sae(48, 4), perfect(48), texts());
     let point = HookPoint::resid_post(0);
     let subject = Subject { from_position: 1, ..Subject::new(&sae, point) };
-    let alone = language_model(&model, &[subject], &texts, 1).expect("runs").remove(0);
+    let alone = language_model(&model, &[subject], &texts, 1, on).expect("runs").remove(0);
     let company = [Subject::new(&other, HookPoint::resid_post(2)), subject];
-    let batched = language_model(&model, &company, &texts, 64).expect("runs").remove(1);
+    let batched = language_model(&model, &company, &texts, 64, on).expect("runs").remove(1);
     let figures = |evaluation: &Evaluation| {
         let lm = evaluation.next_tokens.as_ref().expect("of a language model");
         let by_position = lm.by_position.iter().flat_map(|p| [p.ce_clean, p.ce_spliced, p.kl]);
@@ -179,7 +183,7 @@ fn a_transcoder_is_spliced_in_where_it_writes() {
     let kept = Subject::transcoder(&other, from, to);
     let kept = Subject { error_term: ErrorTerm::Keep, ..kept };
     let subjects = [kept, Subject::transcoder(&identity, from, to)];
-    let evaluations = language_model(&model, &subjects, &texts(), 24).expect("runs");
+    let evaluations = language_model(&model, &subjects, &texts(), 24, on).expect("runs");
     let kept = evaluations[0].next_tokens.as_ref().expect("of a language model");
     close(kept.kl, 0.0, 1e-6);
     close(kept.ce_recovered, 1.0, 1e-3);
@@ -222,14 +226,50 @@ fn rewards_with_the_error_are_the_clean_ones() {
     };
     let pairs = [pair(0, 2), pair(3, 4), pair(2, 1)];
     let subjects = [kept, Subject::new(&sae, point)];
-    let evaluations = reward_model(&model, &subjects, &pairs, 24).expect("runs");
+    let evaluations = reward_model(&model, &subjects, &pairs, 24, on).expect("runs");
     let [kept, dropped] = [0, 1].map(|at: usize| evaluations[at].rewards.expect("of rewards"));
     close(kept.mean_absolute_error, 0.0, 1e-5);
     close(kept.correlation, 1.0, 1e-6);
     assert_eq!(kept.pair_accuracy_spliced, kept.pair_accuracy_clean);
     assert!(dropped.mean_absolute_error > 1e-4);
-    let none = reward_model(&model, &subjects, &[], 24);
+    let mut last = None;
+    let told = reward_model(&model, &subjects, &pairs, 24, |progress| {
+        last = Some((progress.n_done, progress.n_tokens));
+        ControlFlow::Continue(())
+    });
+    assert!(told.is_ok());
+    // 12 and 7, 12 and 2, 7 and 1 tokens: activations, clean, and two splices.
+    assert_eq!(last, Some((4 * 41, 4 * 41)));
+    let none = reward_model(&model, &subjects, &[], 24, on);
     assert!(matches!(none, Err(EvaluateError::Nothing { .. })));
+}
+
+#[test]
+fn progress_is_told_to_the_end_and_can_stop_it() {
+    let (model, sae, other) = (model(), sae(48, 4), perfect(48));
+    let texts = texts();
+    let subjects = [
+        Subject { from_position: 1, ..Subject::new(&sae, HookPoint::resid_post(1)) },
+        Subject::new(&other, HookPoint::resid_post(2)),
+    ];
+    // Of 34 tokens: one pass for activations, a clean one, two ablations of each point, two splices.
+    let mut seen = Vec::new();
+    let progress = |progress: &MeasureProgress| {
+        seen.push(*progress);
+        ControlFlow::Continue(())
+    };
+    language_model(&model, &subjects, &texts, 24, progress).expect("runs");
+    assert!(seen.is_sorted_by_key(|progress| progress.n_done) && seen.len() > 8);
+    let last = seen.last().expect("some");
+    assert_eq!((last.n_done, last.n_tokens), (8 * 34, 8 * 34));
+    for stop_at in [1, 3, seen.len()] {
+        let mut n_left = stop_at;
+        let stopped = language_model(&model, &subjects, &texts, 24, |_| {
+            n_left -= 1;
+            if n_left == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert!(matches!(stopped, Err(EvaluateError::Stopped)), "{stop_at}");
+    }
 }
 
 #[test]
@@ -237,7 +277,7 @@ fn what_cannot_be_measured_is_refused() {
     let (model, sae, narrow) = (model(), sae(48, 4), sae(47, 4));
     let point = HookPoint::resid_post(1);
     let refused = |subjects: &[Subject], texts: &[Vec<u32>]| {
-        language_model(&model, subjects, texts, 24).expect_err("refused").to_string()
+        language_model(&model, subjects, texts, 24, on).expect_err("refused").to_string()
     };
     assert_eq!(refused(&[], &texts()), "nothing to measure on: expected an SAE");
     let expected = "nothing to measure on: expected a text of at least two tokens";

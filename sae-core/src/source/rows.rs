@@ -133,6 +133,45 @@ impl Rows {
         }
     }
 
+    /// Appends the first `n` of these to another one, as far as there are so many, and says how many
+    /// there were. When none is left, their memory is given back.
+    pub(crate) fn move_to(&mut self, into: &mut Self, n: usize) -> usize {
+        let n = n.min(self.n_rows);
+        if n > 0 {
+            into.extend(self, 0..n);
+            self.n_rows -= n;
+            for column in &mut self.columns {
+                column.values.drain(..n * column.width);
+                if self.n_rows == 0 {
+                    column.values = Vec::new();
+                }
+            }
+        }
+        n
+    }
+
+    /// The Euclidean norm of every row in a column.
+    pub(crate) fn norms(&self, column_idx: usize) -> impl Iterator<Item = f64> {
+        let Values { width, values } = &self.columns[column_idx];
+        values
+            .chunks(*width)
+            .map(|row| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt())
+    }
+
+    /// Drops the rows that are not to stay, and says how many.
+    pub(crate) fn retain(&mut self, stays: &[bool]) -> usize {
+        assert_eq!(stays.len(), self.n_rows, "one word for each row");
+        let n_dropped = stays.iter().filter(|stays| !**stays).count();
+        if n_dropped > 0 {
+            for Values { width, values } in &mut self.columns {
+                let mut at = 0..;
+                values.retain(|_| stays[at.next().expect("endless") / *width]);
+            }
+            self.n_rows -= n_dropped;
+        }
+        n_dropped
+    }
+
     /// Appends a row, whose values are pushed column by column.
     pub(crate) fn push_with(&mut self, mut fill: impl FnMut(usize, &mut Vec<f32>)) {
         self.n_rows += 1;
@@ -172,6 +211,12 @@ mod tests {
         assert_eq!(other.column(1), [6.0, 5.0, 6.0]);
         other.replace(0, &rows, 0);
         assert_eq!((&other.column(0)[..2], other.column(1)[0]), (&[1.0, 2.0][..], 5.0));
+        let mut rest = rows.clone();
+        let mut taken = Rows::empty(&columns());
+        assert_eq!((rest.move_to(&mut taken, 1), rest.n_rows()), (1, 1));
+        assert_eq!((taken.column(0), rest.column(1)), (&[1.0, 2.0][..], &[6.0][..]));
+        assert_eq!((rest.move_to(&mut taken, 5), rest.move_to(&mut taken, 5)), (1, 0));
+        assert_eq!(taken, rows);
         other.clear();
         assert_eq!((other.n_rows(), other.column(0)), (0, &[][..]));
     }

@@ -52,6 +52,8 @@ pub struct Progress {
     pub l0: f64,
     /// Latents that count as dead.
     pub n_dead: usize,
+    /// Activations that [`Fit`](super::Fit) has left out so far because of their norms.
+    pub n_left_out: u64,
     /// Steps of this run that were skipped because the loss or the gradient was not finite.
     pub n_skipped: usize,
 }
@@ -178,7 +180,9 @@ impl Trainer {
         };
         let TrainState { ref ages, n_skipped, step, .. } = self.state;
         let n_dead = ages.n_dead(self.config.dead_after);
-        (Progress { run_idx: 0, step, n_steps, loss, l0, n_dead, n_skipped }, skipped)
+        let progress =
+            Progress { run_idx: 0, step, n_steps, loss, l0, n_dead, n_left_out: 0, n_skipped };
+        (progress, skipped)
     }
 
     /// A batch of inputs or targets, times the factor that all have in common.

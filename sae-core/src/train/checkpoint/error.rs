@@ -12,10 +12,10 @@ pub enum CheckpointError {
     #[error(transparent)]
     Storage(#[from] StorageError),
     /// A checkpoint could not be written: the disk is full, for one.
-    #[error("checkpoint {name} could not be written; the run can go on from {kept}")]
+    #[error("the checkpoint of step {step} could not be written; the run can go on from {kept}")]
     Save {
-        /// Its name.
-        name: String,
+        /// Steps that were done.
+        step: u64,
         /// The last good one, which is still there.
         kept: String,
         /// Why.

@@ -1,21 +1,25 @@
 //! The bytes of a checkpoint.
 
 use std::collections::HashMap;
+use std::io::{self, Write};
 
 use burn::tensor::Device;
 use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::error::{CheckpointError, Difference};
 use super::tensors::{Stored, Tensors, restore, store};
 use crate::source::{Column, Position, Rows};
+use crate::train::fit::Outliers;
 use crate::train::{ParameterName, TrainConfig, TrainState};
 
 const VERSION: u32 = 1;
 /// The key of the header among the metadata of the file.
 const HEADER: &str = "checkpoint";
+/// What the first tensor's place in the file is a multiple of.
+const ALIGNMENT: usize = 8;
 
 /// All of a training run between two steps.
 pub(in crate::train) struct Checkpoint {
@@ -25,6 +29,10 @@ pub(in crate::train) struct Checkpoint {
     pub(in crate::train) step: u64,
     /// Where the stream stands.
     pub(in crate::train) position: Position,
+    /// Rows that were taken from the stream before that, and come first.
+    pub(in crate::train) ahead: Rows,
+    /// What is left out, if anything is.
+    pub(in crate::train) outliers: Option<Outliers>,
     pub(in crate::train) runs: Vec<RunState>,
 }
 
@@ -43,6 +51,10 @@ struct Header {
     position: Position,
     /// Rows held behind each source that reads ahead, from the outermost inwards.
     held: Vec<Held>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ahead: Option<Held>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    outliers: Option<Outliers>,
     runs: Vec<RunShape>,
 }
 
@@ -79,7 +91,9 @@ impl RunShape {
 }
 
 impl Checkpoint {
-    pub(super) fn to_bytes(&self) -> Vec<u8> {
+    /// Writes the file, one tensor after the other: as safetensors has them, the widest types first
+    /// and then by name.
+    pub(super) fn write_to(&self, out: &mut impl Write) -> io::Result<()> {
         let mut stored = Vec::new();
         let mut runs = Vec::new();
         for (idx, RunState { shape, state }) in self.runs.iter().enumerate() {
@@ -89,24 +103,40 @@ impl Checkpoint {
         let mut held = Vec::new();
         let mut position = &self.position;
         while let Some(behind) = position.behind.as_deref() {
-            let (depth, rows) = (held.len(), &behind.held);
-            let widths: Vec<usize> = (0..rows.n_columns()).map(|c| rows.width(c)).collect();
-            for (column, &width) in widths.iter().enumerate() {
-                let (name, shape) = (held_name(depth, column), vec![rows.n_rows(), width]);
-                stored.push(Stored::floats(name, shape, rows.column(column)));
-            }
-            held.push(Held { n_rows: rows.n_rows(), widths });
+            let depth = held.len();
+            held.push(store_rows(&behind.held, |column| held_name(depth, column), &mut stored));
             position = &behind.position;
         }
-        let (identity, position) = (self.identity.clone(), self.position.clone());
-        let header = Header { version: VERSION, identity, step: self.step, position, held, runs };
-        let header = serde_json::to_string(&header).expect("plain values are JSON");
-        let views = stored.iter().map(|Stored { name, dtype, shape, bytes }| {
-            let view = TensorView::new(*dtype, shape.clone(), bytes);
-            (name.as_str(), view.expect("the shape of its own values"))
+        let ahead = match self.ahead.n_rows() {
+            0 => None,
+            _ => Some(store_rows(&self.ahead, ahead_name, &mut stored)),
+        };
+        let header = Header {
+            version: VERSION,
+            identity: self.identity.clone(),
+            step: self.step,
+            position: self.position.clone(),
+            held,
+            ahead,
+            outliers: self.outliers.clone(),
+            runs,
+        };
+        let header = serde_json::to_string(&header)?;
+        stored.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+        let mut end = 0;
+        let infos = stored.iter().map(|tensor| {
+            let begin = end;
+            end += tensor.n_bytes();
+            let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
+            (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
         });
-        let metadata = HashMap::from([(HEADER.to_owned(), header)]);
-        safetensors::serialize(views, Some(metadata)).expect("views of whole tensors")
+        let metadata = Some(HashMap::from([(HEADER.to_owned(), header)]));
+        let metadata = Metadata::new(metadata, infos.collect()).map_err(io::Error::other)?;
+        let mut metadata = serde_json::to_vec(&metadata)?;
+        metadata.resize(metadata.len().next_multiple_of(ALIGNMENT), b' ');
+        out.write_all(&(metadata.len() as u64).to_le_bytes())?;
+        out.write_all(&metadata)?;
+        stored.iter().try_for_each(|tensor| tensor.write_to(out))
     }
 
     pub(super) fn from_bytes(
@@ -127,7 +157,7 @@ impl Checkpoint {
         let header = header.ok_or_else(|| wrong("header", "one".into(), "missing".into()))?;
         let header: Header = serde_json::from_str(header)
             .map_err(|source| CheckpointError::Header { name: name.to_owned(), source })?;
-        let Header { version, identity, step, mut position, held, runs } = header;
+        let Header { version, identity, step, mut position, held, ahead, outliers, runs } = header;
         if version != VERSION {
             return Err(wrong("version", VERSION.to_string(), version.to_string()));
         }
@@ -140,28 +170,26 @@ impl Checkpoint {
         let runs = runs.collect::<Result<_, CheckpointError>>()?;
         let n_held = held.len();
         let mut inner = Some(&mut position);
-        for (depth, Held { n_rows, widths }) in held.into_iter().enumerate() {
+        for (depth, rows) in held.into_iter().enumerate() {
             let Some(behind) = inner.take().and_then(|position| position.behind.as_mut()) else {
                 return Err(wrong("held", format!("{depth} levels"), n_held.to_string()));
             };
-            let columns: Vec<Column> =
-                widths.iter().map(|&width| Column::new(String::new(), width)).collect();
-            let values = widths.iter().enumerate().map(|(column, &width)| {
-                tensors.floats(&held_name(depth, column), &[n_rows, width])
-            });
-            let values = values.collect::<Result<Vec<_>, _>>()?;
-            behind.held = Rows::new(&columns, values)
-                .map_err(|error| wrong("held", "whole rows".into(), error.to_string()))?;
+            let names = |column| held_name(depth, column);
+            behind.held = restore_rows(rows, names, &mut tensors)?;
             inner = Some(&mut behind.position);
         }
         if inner.is_some_and(|position| position.behind.is_some()) {
             return Err(wrong("held", "rows behind every level".into(), n_held.to_string()));
         }
+        let ahead = match ahead {
+            Some(rows) => restore_rows(rows, ahead_name, &mut tensors)?,
+            None => Rows::default(),
+        };
         let (n_tensors, n_taken) = (tensors.file.len(), tensors.n_taken);
         if n_tensors != n_taken {
             return Err(wrong("tensors", n_taken.to_string(), n_tensors.to_string()));
         }
-        Ok(Self { identity, step, position, runs })
+        Ok(Self { identity, step, position, ahead, outliers, runs })
     }
 
     /// Checks that this is a checkpoint of the run with that identity, and of such SAEs.
@@ -189,6 +217,45 @@ impl Checkpoint {
 
 fn run_prefix(idx: usize) -> String {
     format!("runs.{idx}")
+}
+
+/// The tensors of some rows, and how many and how wide they are.
+fn store_rows<'a>(
+    rows: &'a Rows,
+    name: impl Fn(usize) -> String,
+    stored: &mut Vec<Stored<'a>>,
+) -> Held {
+    let n_rows = rows.n_rows();
+    let widths: Vec<usize> = (0..rows.n_columns()).map(|column| rows.width(column)).collect();
+    stored.extend(widths.iter().enumerate().map(|(column, &width)| {
+        Stored::floats(name(column), vec![n_rows, width], rows.column(column))
+    }));
+    Held { n_rows, widths }
+}
+
+/// Rows back from their tensors.
+fn restore_rows(
+    Held { n_rows, widths }: Held,
+    name: impl Fn(usize) -> String,
+    tensors: &mut Tensors,
+) -> Result<Rows, CheckpointError> {
+    let columns: Vec<Column> =
+        widths.iter().map(|&width| Column::new(String::new(), width)).collect();
+    let values = widths
+        .iter()
+        .enumerate()
+        .map(|(column, &width)| tensors.floats(&name(column), &[n_rows, width]));
+    let values = values.collect::<Result<Vec<_>, _>>()?;
+    Rows::new(&columns, values).map_err(|error| CheckpointError::Value {
+        name: tensors.checkpoint.to_owned(),
+        key: "rows".to_owned(),
+        expected: "whole rows".to_owned(),
+        actual: error.to_string(),
+    })
+}
+
+fn ahead_name(column: usize) -> String {
+    format!("ahead.{column}")
 }
 
 fn held_name(depth: usize, column: usize) -> String {

@@ -20,9 +20,10 @@ pub use error::{CheckpointError, Difference, PassedOver};
 pub(super) use file::{Checkpoint, RunShape, RunState};
 
 use std::fs::{File, TryLockError};
+use std::io::Write;
 use std::path::Path;
 
-use blobs::{LocalFolder, Storage, sha256};
+use blobs::{Hashing, LocalFolder, Storage, sha256};
 use burn::tensor::Device;
 
 const PREFIX: &str = "step-";
@@ -74,20 +75,27 @@ impl Checkpoints {
 
     /// Writes one, and then removes all others but for the last good one. Gives its name.
     ///
-    /// Takes the memory of the run twice over for as long as it lasts.
+    /// In a folder, this takes the memory of no more than one of the run's tensors; other storages
+    /// may want the whole file.
     pub(super) fn save(&mut self, checkpoint: &Checkpoint) -> Result<String, CheckpointError> {
-        let bytes = checkpoint.to_bytes();
-        let name = format!("{PREFIX}{:012}-{}{SUFFIX}", checkpoint.step, sha256([&bytes]));
+        let step = checkpoint.step;
+        let saved = self.storage.put_made(&mut |out: &mut dyn Write| {
+            let mut out = Hashing::new(out);
+            checkpoint.write_to(&mut out)?;
+            Ok(format!("{PREFIX}{step:012}-{}{SUFFIX}", out.finish()))
+        });
+        let name = saved.map_err(|source| {
+            let kept = self.good.clone().unwrap_or_else(|| "no checkpoint".to_owned());
+            CheckpointError::Save { step, kept, source }
+        })?;
         if self.good.as_ref() == Some(&name) {
             return Ok(name);
         }
-        self.storage.put(&name, &bytes).map_err(|source| {
-            let kept = self.good.clone().unwrap_or_else(|| "no checkpoint".to_owned());
-            CheckpointError::Save { name: name.clone(), kept, source }
-        })?;
         let previous = self.good.replace(name.clone());
-        for (_, old) in self.names()? {
-            if old != name && previous.as_ref() != Some(&old) {
+        for (old_step, old) in self.names()? {
+            // Of two of one step, the older one would be taken for as new.
+            let is_previous = previous.as_ref() == Some(&old) && old_step != step;
+            if old != name && !is_previous {
                 self.storage.delete(&old)?;
             }
         }

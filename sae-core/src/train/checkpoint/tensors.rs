@@ -1,5 +1,7 @@
 //! A run's state as named tensors, and back. The only place that knows what a state consists of.
 
+use std::io::{self, Write};
+
 use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 
@@ -16,19 +18,54 @@ const N_SKIPPED: &str = "n_skipped";
 const INPUT_SCALE: &str = "input_scale";
 const THRESHOLD: &str = "threshold";
 
-/// A tensor as it stands in the file.
-pub(super) struct Stored {
+/// Numbers that are turned into bytes at a time.
+const BLOCK: usize = 1 << 14;
+
+/// A tensor that is to stand in the file. Its bytes are made when they are written, so that no two
+/// tensors are there as bytes at once.
+pub(super) struct Stored<'a> {
     pub(super) name: String,
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
-    pub(super) bytes: Vec<u8>,
+    values: Values<'a>,
 }
 
-impl Stored {
-    pub(super) fn floats(name: String, shape: Vec<usize>, values: &[f32]) -> Self {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self { name, dtype: Dtype::F32, shape, bytes }
+/// What a tensor's bytes are made of.
+enum Values<'a> {
+    Tensor(&'a Tensor<2>),
+    Floats(&'a [f32]),
+    Bytes(Vec<u8>),
+}
+
+impl<'a> Stored<'a> {
+    pub(super) fn floats(name: String, shape: Vec<usize>, values: &'a [f32]) -> Self {
+        Self { name, dtype: Dtype::F32, shape, values: Values::Floats(values) }
     }
+
+    /// Bytes in the file.
+    pub(super) fn n_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+
+    pub(super) fn write_to(&self, out: &mut impl Write) -> io::Result<()> {
+        match &self.values {
+            Values::Tensor(tensor) => {
+                write_floats(tensor.to_data().as_slice().expect("parameters are f32"), out)
+            }
+            Values::Floats(values) => write_floats(values, out),
+            Values::Bytes(bytes) => out.write_all(bytes),
+        }
+    }
+}
+
+fn write_floats(values: &[f32], out: &mut impl Write) -> io::Result<()> {
+    let mut bytes = Vec::with_capacity(4 * BLOCK.min(values.len()));
+    for values in values.chunks(BLOCK) {
+        bytes.clear();
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        out.write_all(&bytes)?;
+    }
+    Ok(())
 }
 
 /// The tensors of a checkpoint, checked as they are taken out.
@@ -96,22 +133,24 @@ impl Tensors<'_> {
 }
 
 /// All of a state, under names that begin with `prefix`.
-pub(super) fn store(prefix: &str, state: &TrainState) -> Vec<Stored> {
+pub(super) fn store<'a>(prefix: &str, state: &'a TrainState) -> Vec<Stored<'a>> {
     let TrainState { parameters, moments, step, n_skipped, input_scale, ages, threshold } = state;
     let name = |part: &str| format!("{prefix}.{part}");
     let mut stored = Vec::new();
     for (part, parameters) in
         [(PARAMETERS, parameters), (FIRST, &moments.first), (SECOND, &moments.second)]
     {
-        stored.extend(parameters.named().map(|(parameter, tensor)| {
-            let values: Vec<f32> = tensor.to_data().try_into_vec_as().expect("parameters are f32");
-            let name = format!("{}.{}", name(part), parameter.as_str());
-            Stored::floats(name, tensor.dims().to_vec(), &values)
+        stored.extend(parameters.named().map(|(parameter, tensor)| Stored {
+            name: format!("{}.{}", name(part), parameter.as_str()),
+            dtype: Dtype::F32,
+            shape: tensor.dims().to_vec(),
+            values: Values::Tensor(tensor),
         }));
     }
     let (ages, n_ages) = (ages.rows(), ages.rows().len());
     let bytes = ages.iter().flat_map(|age| age.to_le_bytes()).collect();
-    stored.push(Stored { name: name(AGES), dtype: Dtype::U64, shape: vec![n_ages], bytes });
+    let (dtype, shape, values) = (Dtype::U64, vec![n_ages], Values::Bytes(bytes));
+    stored.push(Stored { name: name(AGES), dtype, shape, values });
     // As bits: JSON would round them.
     let scalars = [
         (STEP, Dtype::U64, Some((*step as u64).to_le_bytes())),
@@ -120,7 +159,8 @@ pub(super) fn store(prefix: &str, state: &TrainState) -> Vec<Stored> {
         (THRESHOLD, Dtype::F64, threshold.map(f64::to_le_bytes)),
     ];
     let scalars = scalars.into_iter().filter_map(|(part, dtype, bytes)| {
-        Some(Stored { name: name(part), dtype, shape: Vec::new(), bytes: bytes?.to_vec() })
+        let values = Values::Bytes(bytes?.to_vec());
+        Some(Stored { name: name(part), dtype, shape: Vec::new(), values })
     });
     stored.extend(scalars);
     stored

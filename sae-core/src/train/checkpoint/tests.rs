@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use blobs::{Blob, StorageError};
+use blobs::{Blob, MakeBlob, StorageError};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -24,7 +24,23 @@ fn checkpoint(step: u64) -> Checkpoint {
     let position = Position { part: 1, row: 2, behind: Some(Box::new(behind)) };
     let shape = RunShape::new("a".to_owned(), 3, trainer.config());
     let runs = vec![RunState { shape, state: trainer.state().clone() }];
-    Checkpoint { identity: json!({ "k": 2, "data": "x" }), step, position, runs }
+    let ahead = Rows::new(&[Column::new("x", 1)], vec![vec![0.5, -0.5]]).expect("two rows");
+    Checkpoint {
+        identity: json!({ "k": 2, "data": "x" }),
+        step,
+        position,
+        ahead,
+        outliers: None,
+        runs,
+    }
+}
+
+impl Checkpoint {
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.write_to(&mut bytes).expect("there is memory");
+        bytes
+    }
 }
 
 fn open(folder: &Path) -> Checkpoints {
@@ -47,6 +63,12 @@ fn what_is_read_is_what_was_written() {
     assert_eq!((read.step, read.runs[0].state.step), (5, 2));
     let behind = read.position.behind.expect("a buffer");
     assert_eq!((behind.position, behind.held.n_rows()), (Position::new(7, 8), 1));
+    assert_eq!(read.ahead, checkpoint(5).ahead);
+    // Its place in the file is where safetensors itself would have put it.
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("whole");
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).expect("whole");
+    let again = safetensors::serialize(file.tensors(), metadata.metadata().clone());
+    assert_eq!(again.expect("the same tensors"), bytes);
 }
 
 #[test]
@@ -112,8 +134,29 @@ fn a_second_trainer_is_refused_until_the_first_is_gone() {
     assert!(files(folder.path()).is_empty());
 }
 
-/// A folder on a disk that is full from some time on: half of what is written gets there.
+/// A folder on a disk that is full from some time on: a part of what is written gets there.
 struct FullDisk(LocalFolder, std::sync::atomic::AtomicBool);
+
+/// What is left of the disk.
+struct Filling<'a> {
+    out: &'a mut dyn Write,
+    left: usize,
+}
+
+impl Write for Filling<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.left == 0 {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        let n = self.out.write(&bytes[..bytes.len().min(self.left)])?;
+        self.left -= n;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
 
 impl Storage for &'static FullDisk {
     fn list(&self) -> Result<Vec<String>, StorageError> {
@@ -125,16 +168,14 @@ impl Storage for &'static FullDisk {
     }
 
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StorageError> {
-        if !self.1.load(std::sync::atomic::Ordering::Relaxed) {
-            return self.0.put(name, bytes);
-        }
-        let left = self.0.path().join(format!(".writing.0.{name}"));
-        std::fs::write(left, &bytes[..bytes.len() / 2]).expect("written");
-        Err(StorageError::Io {
-            place: "disk".to_owned(),
-            name: name.to_owned(),
-            action: "written",
-            source: std::io::ErrorKind::StorageFull.into(),
+        self.0.put(name, bytes)
+    }
+
+    fn put_made(&self, make: &mut MakeBlob) -> Result<String, StorageError> {
+        self.0.put_made(&mut |out| {
+            let left =
+                if self.1.load(std::sync::atomic::Ordering::Relaxed) { 500 } else { 1 << 20 };
+            make(&mut Filling { out, left })
         })
     }
 
@@ -152,6 +193,7 @@ fn a_full_disk_leaves_the_last_one() {
     let first = checkpoints.save(&checkpoint(1)).expect("saved");
     disk.1.store(true, std::sync::atomic::Ordering::Relaxed);
     let error = checkpoints.save(&checkpoint(2)).unwrap_err();
+    assert_eq!(files(folder.path()).len(), 1, "scraps were left");
     assert!(error.to_string().ends_with(&format!("the run can go on from {first}")), "{error}");
     let found = open(folder.path()).newest(&device()).expect("readable").expect("there");
     assert_eq!((found.name, found.passed_over.len()), (first, 0));

@@ -20,6 +20,12 @@ pub struct FitConfig {
     /// Steps that may be skipped in each run because a loss or gradient was not finite.
     #[config(default = 10)]
     pub max_skipped: usize,
+    /// Rows are left out whose norm is above so many times the median norm of the first rows, at any
+    /// of the points that are trained on: one such row in thousands outweighs all others in the loss
+    /// of its batch. All of them are counted. The stream may then have batches for fewer steps than
+    /// its length says: the run ends with it, unless a number of steps is given.
+    #[config(default = "None")]
+    pub max_norm: Option<f64>,
     /// What makes the activations: a model's name. Checkpoints are bound to it.
     #[config(default = "String::new()")]
     pub model: String,

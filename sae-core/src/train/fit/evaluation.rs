@@ -3,7 +3,7 @@
 use burn::tensor::{Tensor, TensorData};
 use serde::Serialize;
 
-use super::{FitError, Member};
+use super::{FitError, Member, Outliers};
 use crate::metrics::Reconstruction;
 use crate::source::{ActivationSource, Position, Rows};
 
@@ -17,6 +17,8 @@ pub struct HeldOutFigures {
     pub step: usize,
     /// Activations that this is over.
     pub n_rows: usize,
+    /// Activations that are left out for their norm, as in training.
+    pub n_left_out: u64,
     /// `mean ‖x̂ − x‖²`, in the scale that training has its loss in.
     pub loss: f64,
     /// Fraction of variance unexplained, see [`Reconstruction::fvu`].
@@ -43,7 +45,9 @@ impl<'a> HeldOut<'a> {
         members: &[Member],
         step: usize,
         n_rows: usize,
+        outliers: Option<&Outliers>,
     ) -> Result<Vec<HeldOutFigures>, FitError> {
+        let mut outliers = outliers.map(Outliers::uncounted);
         self.source.seek(&self.start)?;
         let columns = self.source.columns().to_vec();
         let mut parts = Vec::new();
@@ -64,6 +68,13 @@ impl<'a> HeldOut<'a> {
                 break;
             }
             n_left -= n;
+            if let Some(outliers) = &mut outliers {
+                outliers.leave_out(&mut rows, 0);
+            }
+            let n = rows.n_rows();
+            if n == 0 {
+                continue;
+            }
             for (columns, sae, metrics) in &mut parts {
                 let tensor = |column: usize| {
                     let values = rows.column(column).to_vec();
@@ -82,6 +93,7 @@ impl<'a> HeldOut<'a> {
                 run_idx,
                 step,
                 n_rows: metrics.n_rows(),
+                n_left_out: outliers.as_ref().map_or(0, |outliers| outliers.n_left_out),
                 loss: metrics.mse() * member.trainer.state().input_scale.powi(2),
                 fvu: metrics.fvu(),
                 l0: metrics.l0(),

@@ -3,7 +3,10 @@
 mod config;
 mod error;
 mod evaluation;
+mod outliers;
 mod run;
+
+pub(super) use outliers::Outliers;
 
 pub use config::FitConfig;
 pub use error::FitError;
@@ -19,14 +22,15 @@ use serde::Serialize;
 use serde_json::Value;
 
 use self::evaluation::HeldOut;
-use self::run::{Columns, check, identity};
+use self::run::{Columns, check, identity, used};
 use super::activation_matrix::ActivationMatrix;
-use super::checkpoint::{Checkpoint, Checkpoints, PassedOver, RunShape, RunState};
+use super::checkpoint::{Checkpoint, CheckpointError, Checkpoints, PassedOver, RunShape, RunState};
 use super::trainer::{Progress, Trainer};
-use crate::source::{ActivationSource, Rows};
+use crate::source::{ActivationSource, Rows, in_words};
 
-/// Rows from the stream's beginning that scale and centre of the inputs are taken over.
-const SAMPLE: usize = 1 << 14;
+/// Rows from the stream's beginning that scale and centre of the inputs are taken over. The streams
+/// of tests are short.
+const SAMPLE: usize = if cfg!(test) { 40 } else { 1 << 14 };
 
 /// Trains SAEs on one stream, all of them on every batch.
 ///
@@ -51,6 +55,10 @@ const SAMPLE: usize = 1 << 14;
 /// ```
 pub struct Fit<'a> {
     source: &'a mut dyn ActivationSource,
+    /// Rows that have been taken from the source already, and come first.
+    ahead: Rows,
+    /// What is left out of the stream, if anything is.
+    outliers: Option<Outliers>,
     config: FitConfig,
     members: Vec<Member>,
     step: usize,
@@ -58,6 +66,8 @@ pub struct Fit<'a> {
     checkpoints: Option<Kept>,
     resumed: Option<Resumed>,
     held_out: Option<HeldOut<'a>>,
+    /// Steps done when it was last evaluated.
+    evaluated: Option<usize>,
     metrics: Option<&'a mut dyn Write>,
     stop: Option<&'a AtomicBool>,
     /// Whether the stream failed within a step: then only a checkpoint knows where to go on.
@@ -119,7 +129,8 @@ pub enum Ended {
 
 impl<'a> Fit<'a> {
     /// A run from the beginning that is not kept anywhere. The scale and centre of the inputs are
-    /// taken from the first rows of the stream, which then goes back to where it stands.
+    /// taken from the first rows of the stream, which are kept for the first steps: to make them
+    /// may have been expensive.
     ///
     /// # Errors
     /// If the runs do not fit each other or the stream, or the stream fails.
@@ -130,10 +141,28 @@ impl<'a> Fit<'a> {
         device: &Device,
     ) -> Result<Self, FitError> {
         let n_steps = check(&runs, source, &config)?;
-        let start = source.position();
+        let batch = runs[0].config.batch;
+        let n_sampled = SAMPLE.max(batch);
         let mut sample = Rows::empty(source.columns());
-        source.read(SAMPLE.max(runs[0].config.batch), &mut sample)?;
-        source.seek(&start)?;
+        // Of a shorter run, some would be lost to whoever reads on behind it.
+        let is_kept = n_sampled <= n_steps.saturating_mul(batch);
+        let start = (!is_kept).then(|| source.position());
+        source.read(n_sampled, &mut sample)?;
+        let mut outliers = match config.max_norm {
+            Some(max_norm) => Some(Outliers::new(&sample, &used(&runs, source)?, max_norm)),
+            None => None,
+        };
+        if let Some(outliers) = &mut outliers {
+            outliers.leave_out(&mut sample, 0);
+            // A batch is needed, and there may be one.
+            while sample.n_rows() < batch {
+                let from = sample.n_rows();
+                if source.read(batch - from, &mut sample)? == 0 {
+                    break;
+                }
+                outliers.leave_out(&mut sample, from);
+            }
+        }
         let members = runs.into_iter().map(|run| {
             let columns = run.columns(source)?;
             let rows = |column| ActivationMatrix::new(sample.column(column), sample.width(column));
@@ -143,8 +172,15 @@ impl<'a> Fit<'a> {
             Ok(Member { run, columns, trainer })
         });
         let members = members.collect::<Result<_, FitError>>()?;
+        if let Some(start) = start {
+            source.seek(&start)?;
+            sample.clear();
+            outliers.iter_mut().for_each(|outliers| outliers.n_left_out = 0);
+        }
         Ok(Self {
             source,
+            ahead: sample,
+            outliers,
             config,
             members,
             step: 0,
@@ -152,6 +188,7 @@ impl<'a> Fit<'a> {
             checkpoints: None,
             resumed: None,
             held_out: None,
+            evaluated: None,
             metrics: None,
             stop: None,
             interrupted: false,
@@ -187,9 +224,31 @@ impl<'a> Fit<'a> {
             })
             .collect::<Result<_, FitError>>()?;
         found.checkpoint.check_is_of(&found.name, &identity, &expected)?;
-        let Checkpoint { step, position, runs: states, .. } = found.checkpoint;
+        let Checkpoint { step, position, ahead, outliers, runs: states, .. } = found.checkpoint;
+        let n_columns = source.columns().len();
+        if outliers.is_some() != config.max_norm.is_some()
+            || outliers.as_ref().is_some_and(|outliers| !outliers.fits(n_columns))
+        {
+            return Err(FitError::Checkpoint(CheckpointError::Value {
+                name: found.name,
+                key: "outliers".to_owned(),
+                expected: format!("limits for {n_columns} columns, as max_norm says"),
+                actual: format!("{outliers:?}"),
+            }));
+        }
+        if ahead.n_rows() > 0 && !ahead.fits(source.columns()) {
+            let widths: Vec<_> = (0..ahead.n_columns()).map(|c| ahead.width(c)).collect();
+            return Err(FitError::Checkpoint(CheckpointError::Value {
+                name: found.name,
+                key: "ahead".to_owned(),
+                expected: format!("rows of {}", in_words(source.columns())),
+                actual: format!("of widths {widths:?}"),
+            }));
+        }
         source.seek(&position)?;
         let step = step as usize;
+        let has_ended = outliers.as_ref().is_some_and(|outliers| outliers.has_ended);
+        let n_steps = if has_ended { step } else { n_steps };
         let members = runs.into_iter().zip(states).map(|(run, RunState { state, .. })| {
             let columns = run.columns(source)?;
             let trainer = Trainer::resume(run.config.clone(), state)?;
@@ -197,8 +256,11 @@ impl<'a> Fit<'a> {
         });
         let members = members.collect::<Result<_, FitError>>()?;
         let (checkpoint, passed_over) = (found.name, found.passed_over);
+        let evaluate_every = config.evaluate_every;
         Ok(Self {
             source,
+            ahead,
+            outliers,
             config,
             members,
             step,
@@ -206,6 +268,8 @@ impl<'a> Fit<'a> {
             checkpoints: Some(Kept { checkpoints, identity, saved: Some(step) }),
             resumed: Some(Resumed { checkpoint, step, passed_over }),
             held_out: None,
+            // It was, before it was saved.
+            evaluated: step.is_multiple_of(evaluate_every).then_some(step),
             metrics: None,
             stop: None,
             interrupted: false,
@@ -266,7 +330,7 @@ impl<'a> Fit<'a> {
         Ok(if self.step < self.n_steps { Ended::Stopped } else { Ended::Finished })
     }
 
-    /// A step of every run, and what is due after it.
+    /// A step of every run, and what is due after it; the end, if the stream has no batch left.
     fn step(
         &mut self,
         rows: &mut Rows,
@@ -276,17 +340,27 @@ impl<'a> Fit<'a> {
         rows.clear();
         // Until the step is done, the stream stands elsewhere than the SAEs.
         self.interrupted = true;
-        if self.source.read(batch, rows)? < batch {
-            return Err(FitError::SourceEnded { step, n_steps });
+        if !self.read_batch(rows, batch)? {
+            let is_by_length = self.config.n_steps.is_none();
+            let Some(outliers) = self.outliers.as_mut().filter(|_| is_by_length && step > 0) else {
+                return Err(FitError::SourceEnded { step, n_steps });
+            };
+            outliers.has_ended = true;
+            self.n_steps = step;
+            // What is saved of this step does not say so yet.
+            self.checkpoints.iter_mut().for_each(|kept| kept.saved = None);
+            self.interrupted = false;
+            return self.finish_step(progress);
         }
         let mut given_up = None;
         let mut events = Vec::new();
+        let n_left_out = self.n_left_out();
         for (run_idx, member) in self.members.iter_mut().enumerate() {
             let Columns { read, reconstructed } = member.columns;
             let target = reconstructed.map(|column| rows.column(column));
             let (report, skipped) = member.trainer.step(rows.column(read), target, n_steps);
             let n_skipped = report.n_skipped;
-            events.push(Event::Step(Progress { run_idx, ..report }));
+            events.push(Event::Step(Progress { run_idx, n_left_out, ..report }));
             if let Some(source) = skipped
                 && n_skipped > self.config.max_skipped
             {
@@ -296,16 +370,44 @@ impl<'a> Fit<'a> {
         }
         self.step += 1;
         self.interrupted = false;
-        let mut flow = self.tell(&events, progress)?;
+        let flow = self.tell(&events, progress)?;
         if let Some(error) = given_up {
             let _ = self.save(progress)?;
             return Err(error);
         }
+        Ok(either(flow, self.finish_step(progress)?))
+    }
+
+    /// Reads a batch without outliers, and says whether there was one left.
+    fn read_batch(&mut self, rows: &mut Rows, batch: usize) -> Result<bool, FitError> {
+        loop {
+            let n_missing = batch - rows.n_rows();
+            let n_ahead = self.ahead.move_to(rows, n_missing);
+            let from = rows.n_rows();
+            let n_read = n_ahead + self.source.read(n_missing - n_ahead, rows)?;
+            if let Some(outliers) = &mut self.outliers {
+                outliers.leave_out(rows, from);
+            }
+            if rows.n_rows() == batch || n_read < n_missing {
+                return Ok(rows.n_rows() == batch);
+            }
+        }
+    }
+
+    /// What is due after a step.
+    fn finish_step(
+        &mut self,
+        progress: &mut impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, FitError> {
+        let (n_steps, mut flow) = (self.n_steps, ControlFlow::Continue(()));
         let due = |every: usize| self.step == n_steps || self.step.is_multiple_of(every);
         let (evaluate, save) = (due(self.config.evaluate_every), due(self.config.checkpoint_every));
+        let evaluate = evaluate && self.evaluated != Some(self.step);
         if evaluate && let Some(held_out) = &mut self.held_out {
             let n_rows = self.config.evaluate_rows;
-            let evaluations = held_out.evaluate(&self.members, self.step, n_rows)?;
+            let evaluations =
+                held_out.evaluate(&self.members, self.step, n_rows, self.outliers.as_ref())?;
+            self.evaluated = Some(self.step);
             let events: Vec<_> = evaluations.into_iter().map(Event::Evaluation).collect();
             flow = either(flow, self.tell(&events, progress)?);
         }
@@ -329,12 +431,17 @@ impl<'a> Fit<'a> {
             let shape = RunShape::new(name, state.parameters.d_in(), &member.run.config);
             RunState { shape, state }
         });
-        let name = kept.checkpoints.save(&Checkpoint {
+        let checkpoint = Checkpoint {
             identity: kept.identity.clone(),
             step: step as u64,
             position: self.source.position(),
+            ahead: std::mem::take(&mut self.ahead),
+            outliers: self.outliers.clone(),
             runs: runs.collect(),
-        })?;
+        };
+        let saved = kept.checkpoints.save(&checkpoint);
+        self.ahead = checkpoint.ahead;
+        let name = saved?;
         kept.saved = Some(step);
         self.tell(&[Event::Checkpoint { name, step }], progress)
     }
@@ -360,7 +467,12 @@ impl<'a> Fit<'a> {
         self.resumed.as_ref()
     }
 
-    /// Steps of the run.
+    /// Rows that have been left out for their norm.
+    pub fn n_left_out(&self) -> u64 {
+        self.outliers.as_ref().map_or(0, |outliers| outliers.n_left_out)
+    }
+
+    /// Steps of the run: fewer, once the stream has ended before for what was left out.
     pub fn n_steps(&self) -> usize {
         self.n_steps
     }
@@ -377,7 +489,14 @@ impl<'a> Fit<'a> {
 
     /// The trainers, in the order of the runs.
     pub fn into_trainers(self) -> Vec<Trainer> {
-        self.members.into_iter().map(|member| member.trainer).collect()
+        self.into_parts().0
+    }
+
+    /// The trainers, and the checkpoints of a run that is kept: as long as they live, their folder
+    /// is in use.
+    pub fn into_parts(self) -> (Vec<Trainer>, Option<Checkpoints>) {
+        let trainers = self.members.into_iter().map(|member| member.trainer).collect();
+        (trainers, self.checkpoints.map(|kept| kept.checkpoints))
     }
 }
 

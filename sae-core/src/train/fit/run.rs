@@ -47,6 +47,16 @@ pub(super) struct Columns {
     pub(super) reconstructed: Option<usize>,
 }
 
+/// The columns that runs are on.
+pub(super) fn used(runs: &[Run], source: &dyn ActivationSource) -> Result<Vec<usize>, FitError> {
+    let mut used = Vec::new();
+    for run in runs {
+        let Columns { read, reconstructed } = run.columns(source)?;
+        used.extend([Some(read), reconstructed].into_iter().flatten());
+    }
+    Ok(used)
+}
+
 /// Checks that the runs can be made together on this stream, and gives their number of steps.
 pub(super) fn check(
     runs: &[Run],
@@ -63,6 +73,12 @@ pub(super) fn check(
             let (expected, actual) = ("at least 1", 0.0);
             return Err(TrainError::Option { option, expected, actual }.into());
         }
+    }
+    if let Some(actual) = config.max_norm
+        && !(actual.is_finite() && actual > 1.0)
+    {
+        let (option, expected) = ("max_norm", "a number above 1");
+        return Err(TrainError::Option { option, expected, actual }.into());
     }
     for (idx, run) in runs.iter().enumerate() {
         let Run { name, config, .. } = run;
@@ -108,7 +124,7 @@ pub(super) fn identity(
         })
         .collect();
     let order: Vec<&String> = runs.keys().collect();
-    let identity = json!({
+    let mut identity = json!({
         "model": config.model,
         "data": source.fingerprint(),
         "dtype": "F32",
@@ -116,6 +132,10 @@ pub(super) fn identity(
         "order": order,
         "runs": runs,
     });
+    // Absent where nothing is left out, as in checkpoints of before there was a choice.
+    if let Some(max_norm) = config.max_norm {
+        identity["max_norm"] = json!(max_norm);
+    }
     // Through text, as the checkpoint's: reading may round numbers.
     serde_json::from_str(&identity.to_string()).expect("our own JSON")
 }

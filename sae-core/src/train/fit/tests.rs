@@ -148,7 +148,6 @@ fn a_run_that_is_broken_off_anywhere_ends_with_the_same_bits_and_uses_every_row_
             let used = first.ids.clone();
             let mut fit = resume(&mut first, folder.path()).expect("starts");
             assert!(fit.resumed().is_none());
-            used.borrow_mut().clear();
             let ended = fit.run(|event| match event {
                 Event::Step(progress) if politely && progress.step == dies_in => {
                     ControlFlow::Break(())
@@ -166,12 +165,11 @@ fn a_run_that_is_broken_off_anywhere_ends_with_the_same_bits_and_uses_every_row_
                 false if dies_in == n_steps => assert_eq!(from, n_steps),
                 false => assert_eq!(from, dies_in / 3 * 3),
             }
-            if from == 0 {
-                again.borrow_mut().clear();
-            }
             assert_eq!(fit.run(on).expect("trains"), Ended::Finished);
             assert_eq!(all_bits(fit), whole, "{dies_in} {politely}");
-            let mut ids = used.borrow()[..from * BATCH].to_vec();
+            // What was sampled and not yet used lies in the checkpoint.
+            let n_used = if from == 0 { 0 } else { (from * BATCH).max(SAMPLE) };
+            let mut ids = used.borrow()[..n_used].to_vec();
             ids.extend(&*again.borrow());
             ids.sort_unstable();
             let n_used = ids.len();
@@ -179,6 +177,129 @@ fn a_run_that_is_broken_off_anywhere_ends_with_the_same_bits_and_uses_every_row_
             assert_eq!((n_used, ids.len()), (n_steps * BATCH, n_steps * BATCH), "{dies_in}");
         }
     }
+}
+
+#[test]
+fn what_is_sampled_is_read_once_unless_the_run_is_shorter() {
+    let fit = |n_steps: usize| {
+        let mut source = source(usize::MAX);
+        let ids = source.ids.clone();
+        let config = options().with_n_steps(Some(n_steps));
+        let mut fit = Fit::new(runs(), &mut source, config, &device()).expect("valid");
+        assert_eq!(ids.borrow().len(), SAMPLE);
+        assert_eq!(fit.ahead.n_rows(), if n_steps * BATCH < SAMPLE { 0 } else { SAMPLE });
+        fit.run(on).expect("trains");
+        let next = source.position();
+        let n_read = ids.borrow().len();
+        (n_read, next)
+    };
+    // 32 rows are read again, so that whoever goes on finds the 33rd; 48 are read once.
+    let (short, at) = fit(2);
+    assert_eq!(short, SAMPLE + 2 * BATCH);
+    let (longer, further) = fit(3);
+    assert_eq!(longer, 3 * BATCH);
+    for (position, n) in [(at, 2), (further, 3)] {
+        let mut plain = source(usize::MAX);
+        plain.read(n * BATCH, &mut Rows::empty(&columns())).expect("reads");
+        assert_eq!(plain.position(), position);
+    }
+}
+
+#[test]
+fn a_checkpoint_of_rows_of_other_widths_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut first = source(usize::MAX);
+    let mut fit = resume(&mut first, folder.path()).expect("starts");
+    fit.ahead = Rows::new(&[Column::new("early", 7)], vec![vec![0.0; 7]]).expect("a row");
+    let mut progress = on;
+    let _ = fit.save(&mut progress).expect("saved");
+    drop(fit);
+    let mut second = source(usize::MAX);
+    let error = resume(&mut second, folder.path()).err().expect("refused").to_string();
+    assert!(error.contains("ahead is of widths [7], expected rows of early [8], late"), "{error}");
+}
+
+/// Every seventh row is a hundred times as long, in one column of the two.
+fn with_outliers() -> impl ActivationSource {
+    Chunks::new(columns(), "noise with outliers", |chunk| {
+        let mut source = chunks(Rc::default());
+        source.seek(&Position::new(chunk, 0)).expect("a chunk");
+        let mut rows = Rows::empty(&columns());
+        source.read(30.min(N_ROWS.saturating_sub(chunk * 30) as usize), &mut rows).expect("reads");
+        let values = (0..3).map(|column| {
+            let ids = rows.column(2).iter().map(|&id| id as usize);
+            let width = rows.width(column);
+            let scaled = rows.column(column).chunks(width).zip(ids).map(|(row, id)| {
+                let is_long = id % 7 == 3 && column == id / 7 % 2;
+                row.iter().map(|x| x * if is_long { 100.0 } else { 1.0 }).collect::<Vec<f32>>()
+            });
+            scaled.flatten().collect()
+        });
+        let rows = Rows::new(&columns(), values.collect()).expect("whole rows");
+        Ok::<_, std::convert::Infallible>((rows.n_rows() > 0).then_some(rows))
+    })
+    .with_n_rows(N_ROWS)
+}
+
+#[test]
+fn outliers_are_left_out_counted_and_do_not_break_resuming() {
+    let config = || options().with_max_norm(Some(10.0)).with_evaluate_every(10);
+    let run = |folder: &Path, stop_at: usize| {
+        let mut source = with_outliers();
+        let mut held_out = with_outliers();
+        let checkpoints = Checkpoints::open(folder).expect("opens");
+        let fit = Fit::resume(runs(), &mut source, config(), &device(), checkpoints);
+        let mut fit = fit.expect("valid").evaluate_on(&mut held_out).expect("the same columns");
+        let mut events = Vec::new();
+        let ended = fit.run(|event| {
+            events.push(event.clone());
+            match event {
+                Event::Step(progress) if progress.step == stop_at => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            }
+        });
+        let ended = ended.expect("trains");
+        (ended, fit.n_steps(), fit.n_left_out(), events, all_bits(fit))
+    };
+    let whole = tempfile::tempdir().expect("a folder");
+    let (ended, n_steps, n_left_out, events, bits) = run(whole.path(), usize::MAX);
+    // 29 of 200 are long: 171 are left, for 10 steps and not 12.
+    assert_eq!((ended, n_steps, n_left_out), (Ended::Finished, 10, 29));
+    let steps = events.iter().filter_map(|event| match event {
+        Event::Step(progress) if progress.run_idx == 0 => Some(progress.n_left_out),
+        _ => None,
+    });
+    let steps: Vec<u64> = steps.collect();
+    // The sample of 40 has six, rows 3, 10, 17, 24, 31 and 38.
+    assert_eq!((steps.len(), steps[0], steps[1]), (10, 6, 6));
+    let losses = events.iter().filter_map(|event| match event {
+        Event::Step(progress) => Some(progress.loss),
+        _ => None,
+    });
+    assert!(losses.fold(0.0, f64::max) < 20.0);
+    let figures: Vec<_> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Evaluation(figures) => Some((figures.step, figures.n_rows, figures.n_left_out)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(figures, [(10, 171, 29); 3]);
+    // Once it has ended it is at its end, and nothing is told again.
+    let (ended, n_steps, _, events, again) = run(whole.path(), usize::MAX);
+    assert_eq!((ended, n_steps, events.len(), again), (Ended::Finished, 10, 0, bits.clone()));
+    for stop_at in [1, 2, 5, 10] {
+        let folder = tempfile::tempdir().expect("a folder");
+        run(folder.path(), stop_at);
+        let (_, n_steps, n_left_out, _, resumed) = run(folder.path(), usize::MAX);
+        assert_eq!((n_steps, n_left_out), (10, 29), "{stop_at}");
+        assert_eq!(resumed, bits, "{stop_at}");
+    }
+    let mut source = with_outliers();
+    let checkpoints = Checkpoints::open(whole.path()).expect("opens");
+    let error = Fit::resume(runs(), &mut source, options(), &device(), checkpoints).err();
+    let error = error.expect("refused").to_string();
+    assert!(error.ends_with("max_norm is absent, expected 10.0"), "{error}");
 }
 
 #[test]
@@ -372,6 +493,8 @@ fn runs_that_cannot_be_made_are_refused() {
     assert!(with(|run| run.config.n_passes = 2).starts_with("n_passes = 2 is not 1"));
     let expected = "no column \"none\" among early [8], late [5], id [1]";
     assert_eq!(with(|run| run.column = "none".into()), expected);
+    let all = error(runs(), options().with_max_norm(Some(0.5))).to_string();
+    assert_eq!(all, "max_norm = 0.5 is not a number above 1");
     let never = error(runs(), options().with_checkpoint_every(0)).to_string();
     assert_eq!(never, "checkpoint_every = 0 is not at least 1");
     let endless = error(runs(), options().with_n_steps(Some(0)));
