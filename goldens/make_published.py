@@ -160,8 +160,8 @@ def openai(folder, weights, x, activation="TopK"):
     x, mean, deviation = x.double(), 0.0, 1.0
     if activation == "TopK":
         mean = x.mean(dim=-1, keepdim=True)
-        deviation = (x - mean).std(dim=-1, keepdim=True) + 1e-5
-        x = (x - mean) / deviation
+        deviation = (x - mean).std(dim=-1, keepdim=True)
+        x = (x - mean) / (deviation + 1e-5)
     pre = (x - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
     latents = pre.relu()
     if activation == "TopK":

@@ -107,7 +107,8 @@ def dictionary_learning(kind, options):
 
     def step(x):
         loss = timed(x)
-        return loss, (trainer.ae.encode(x) != 0).sum().item() / len(x)
+        by_rank = {"use_threshold": False} if "k" in more else {}
+        return loss, (trainer.ae.encode(x, **by_rank) != 0).sum().item() / len(x)
 
     return timed, step, trainer.ae
 
@@ -183,7 +184,6 @@ def measure(options):
             torch.mm(rows, w, out=place)
         return time.perf_counter() - start
 
-    bandwidth = read_gb_s()
     Path("/proc/self/clear_refs").write_text("5")
     times, products, ratios = [], [], []
     for i in range(options.steps + WARM_UP):
@@ -211,7 +211,7 @@ def measure(options):
         "encoder_gemm_s": encoder_s,
         "of_encoder": statistics.median(ratios),
         "gemm_gflops": 2 * options.batch * options.d_in * options.d_sae / encoder_s / 1e9,
-        "read_gb_s": bandwidth,
+        "read_gb_s": read_gb_s(),
         "peak_rss_mb": peak,
     }), flush=True)
 

@@ -1,16 +1,12 @@
 """A TopK training step in torch with its gradients written by hand: what there is to beat.
 
-No `[batch, d_sae]` tensor is ever whole, and nothing of the backward pass is dense but the gradients
-of the weights themselves. It computes what SAELens' TopK computes: latents ranked in units of their
-decoder norms, the squared error, clipping to a norm of 1, Adam.
+One product into a buffer that is kept, and sparse work from there on: nothing of the backward pass is
+dense but the gradients of the weights themselves. It computes what SAELens' TopK computes: latents
+ranked in units of their decoder norms, the squared error, clipping to a norm of 1, Adam.
 """
 
 import torch
 import torch.nn.functional as F
-
-# Rows of a tile, whose pre-activations are ranked while they are in the caches, and latents of a
-# group in the first round of ranking: the fastest of those tried.
-TILE, GROUP = 256, 16
 
 
 class SparseStep:
@@ -29,7 +25,9 @@ class SparseStep:
         # The fused step divides gradients by this as it goes: clipping without a pass of its own.
         self.adam.found_inf = torch.zeros(())
         self.ranking = torch.empty(d_sae, d_in)
-        self.pre = torch.empty(TILE, d_sae)
+        self.pre = None
+        # Latents of a group in the first round of ranking: the fastest of those tried.
+        self.group = 16 if d_sae < 8192 else 64
 
     @torch.no_grad()
     def __call__(self, x):
@@ -79,15 +77,12 @@ class SparseStep:
         A row's `k` largest are in the `k` groups with the largest maxima: ranking those first leaves
         a tenth of the comparisons, and the same result.
         """
-        bias = self.b_enc * norms
-        groups = torch.arange(GROUP)
-        values, indices = [], []
-        for tile in centred.split(TILE):
-            pre = torch.addmm(bias, tile, self.ranking.T, out=self.pre[: len(tile)])
-            grouped = pre.view(len(tile), -1, GROUP)
-            _, largest = grouped.amax(-1).topk(self.k, sorted=False)
-            candidates = (largest[..., None] * GROUP + groups).flatten(1)
-            found, at = pre.gather(1, candidates).topk(self.k, sorted=False)
-            values.append(found)
-            indices.append(candidates.gather(1, at))
-        return torch.cat(values), torch.cat(indices)
+        n, group = len(centred), self.group
+        if self.pre is None:
+            # In one piece: tiles of rows that stay in the caches were slower.
+            self.pre = torch.empty(n, len(norms))
+        torch.addmm(self.b_enc * norms, centred, self.ranking.T, out=self.pre)
+        _, largest = self.pre.view(n, -1, group).amax(-1).topk(self.k, sorted=False)
+        candidates = (largest[..., None] * group + torch.arange(group)).flatten(1)
+        found, at = self.pre.gather(1, candidates).topk(self.k, sorted=False)
+        return found, candidates.gather(1, at)
