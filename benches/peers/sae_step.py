@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-WARM_UP = 3
-
 
 def sae_lens(kind, options):
     """SAELens' own trainer, which also counts how often latents are active."""
@@ -186,13 +184,13 @@ def measure(options):
 
     Path("/proc/self/clear_refs").write_text("5")
     times, products, ratios = [], [], []
-    for i in range(options.steps + WARM_UP):
+    for i in range(options.steps + options.warm_up):
         # Turn about, so that a change of the machine's pace hits both alike.
         encoder = min(product(512), product(options.batch))
         start = time.perf_counter()
         timed(x)
         seconds = time.perf_counter() - start
-        if i >= WARM_UP:
+        if i >= options.warm_up:
             times.append(seconds)
             products.append(encoder)
             ratios.append(seconds / encoder)
@@ -227,6 +225,7 @@ def main():
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--agree", action="store_true",
                         help="compare the losses of 50 steps by hand with SAELens', and time nothing")
