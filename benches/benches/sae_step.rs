@@ -13,7 +13,8 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use kernels::top_k;
 use sae_core::train::{
     ActivationMatrix, AuxKTarget, Gated, GatedAuxiliary, Group, JumpRelu, Kind, Objective,
-    ParameterName, Selecting, Selection, Sparsity, Standard, TrainConfig, TrainState,
+    ParameterName, RunningThreshold, Selecting, Selection, Sparsity, Standard, TrainConfig,
+    TrainState,
 };
 
 const BATCH: usize = 4096;
@@ -59,6 +60,8 @@ fn objectives(d_sae: usize) -> Vec<(&'static str, Objective)> {
         groups: groups.to_vec(),
         aux_k_target: AuxKTarget::Residual,
     };
+    let threshold = Some(RunningThreshold::SaeLens { rate: 0.01 });
+    let matryoshka = Selecting { threshold, ..Selecting::new(matryoshka) };
     let gated = Gated { sparsity: sparsity(), auxiliary: GatedAuxiliary::DetachedDecoder };
     vec![
         ("top_k", Objective::top_k(K)),
@@ -66,7 +69,7 @@ fn objectives(d_sae: usize) -> Vec<(&'static str, Objective)> {
         ("batch_top_k", Objective::batch_top_k(K as f64)),
         ("group_max", selecting(Selection::GroupMax { k: K })),
         ("multi_top_k", selecting(Selection::MultiTopK { k: K })),
-        ("matryoshka", selecting(matryoshka)),
+        ("matryoshka", Objective::new(Kind::Selecting(matryoshka))),
         ("jump_relu", Objective::new(Kind::JumpRelu(JumpRelu::new(1e-3)))),
         ("gated", Objective::new(Kind::Gated(gated))),
         ("standard", Objective::new(Kind::Standard(Standard { sparsity: sparsity() }))),

@@ -108,7 +108,7 @@ fn shapes_of_arrays_are_not_believed() {
 #[test]
 fn a_pickle_is_no_program() {
     let deep = |open: &str, n: usize| [&b"\x80\x02"[..], open.repeat(n).as_bytes(), b"."].concat();
-    for n in [1 << 10, 1 << 19] {
+    for n in [1 << 10, 1 << 17] {
         for open in ["(", "]", "}", ")", "N", "(]", "}K\x01K\x01s", "]]a", "Nq\0"] {
             refusal("openai_pickle", &deep(open, n));
         }
@@ -138,7 +138,7 @@ fn archives_do_not_blow_up() {
     for name in ["W_enc.npy", "archive/data.pkl"] {
         let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
         zip.start_file(name, SimpleFileOptions::default()).expect("an entry");
-        zip.write_all(&vec![0; 32 << 20]).expect("written");
+        zip.write_all(&vec![0; 4 << 20]).expect("written");
         let archive = zip.finish().expect("an archive").into_inner();
         assert!(archive.len() < 1 << 20);
         for reader in ["gemma_scope", "openai"] {

@@ -29,8 +29,9 @@ fn memory_limit(file: &[u8]) -> usize {
     // A pickle takes most for a byte, some fifty; what a zip archive unpacks to is bounded at
     // sixteen, and is there twice more in f32.
     const FOR_A_BYTE: usize = 128;
-    // What a zip archive of any size may unpack to, twice over in f32, and tables.
-    const FOR_ANY_FILE: usize = 8 << 20;
+    // What a zip archive of any size may unpack to, twice over in f32, tables, and what other tests
+    // allocate to make files.
+    const FOR_ANY_FILE: usize = 16 << 20;
     FOR_ANY_FILE + FOR_A_BYTE * file.len()
 }
 

@@ -1,12 +1,14 @@
 //! Every reader of SAEs, activations and training runs, and what is done with what it gives. The
 //! tests beside this file and the targets in `fuzz/` all read through here.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::error::Error;
 use std::fs;
 use std::io::{Cursor, Write};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use blobs::{Blob, Storage, StorageError, sha256};
@@ -15,7 +17,8 @@ use sae_core::Sae;
 use sae_core::format;
 use sae_core::source::{ActivationSource, Chunks, Column, Mixing, MixingBuffer, Rows};
 use sae_core::store::{ReadOrder, StoreSource};
-use sae_core::train::{Checkpoints, Fit, FitConfig, Objective, Run, TrainConfig};
+use sae_core::train::{Checkpoints, Fit, FitConfig, Objective, Run, TrainConfig, Transcoder};
+use tempfile::TempDir;
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
@@ -75,15 +78,14 @@ fn pair(bytes: &[u8], names: [&str; 2]) -> Result<Use, String> {
 
 /// Reads a folder of these files, or the one that is an SAE by itself.
 fn folder(files: &[(&str, &[u8])]) -> Result<Use, String> {
-    let folder = tempfile::tempdir().expect("a folder");
+    let names: Vec<&str> = files.iter().map(|(name, _)| *name).collect();
+    let folder = folder_for(&names);
     for (name, bytes) in files {
-        let path = folder.path().join(name);
-        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
-        fs::write(path, bytes).expect("written");
+        fs::write(folder.join(name), bytes).expect("written");
     }
-    let path = match files {
-        [(name, _)] => folder.path().join(name),
-        _ => folder.path().to_owned(),
+    let path = match names[..] {
+        [name] => folder.join(name),
+        _ => folder,
     };
     let sae = format::read(&path, &Device::flex()).map_err(|error| {
         let message = error.to_string();
@@ -92,6 +94,25 @@ fn folder(files: &[(&str, &[u8])]) -> Result<Use, String> {
         refusal(&error)
     })?;
     Ok(Box::new(move || use_sae(&sae)))
+}
+
+/// A folder of this thread's own for files of these names, whose content is written anew each time:
+/// making folders takes longer than reading them.
+fn folder_for(names: &[&str]) -> PathBuf {
+    thread_local! {
+        static FOLDERS: RefCell<BTreeMap<String, TempDir>> = RefCell::default();
+    }
+    FOLDERS.with_borrow_mut(|folders| {
+        let folder = folders.entry(names.concat()).or_insert_with(|| {
+            let folder = tempfile::tempdir().expect("a folder");
+            for name in names {
+                let path = folder.path().join(name);
+                fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            }
+            folder
+        });
+        folder.path().to_owned()
+    })
 }
 
 fn use_sae(sae: &Sae) {
@@ -259,10 +280,10 @@ pub fn fit<T>(
     let mixing = Mixing { capacity: 6, share: 0.5, seed: 0 };
     let mut source = MixingBuffer::new(chunks.with_n_rows(15), mixing).expect("possible");
     let config = TrainConfig::new(4, Objective::batch_top_k(2.0)).with_batch(4);
-    let runs = vec![
-        Run::new("a", "late", config.clone()),
-        Run::new("b", "early", config).transcoding("late"),
-    ];
+    let transcoder = Some(Transcoder { d_out: 3, skip: true });
+    let transcoder = TrainConfig { transcoder, ..config.clone() };
+    let runs =
+        vec![Run::new("a", "late", config), Run::new("b", "early", transcoder).transcoding("late")];
     let options = FitConfig::new().with_checkpoint_every(SAVED_AT).with_model("none".to_owned());
     with(Fit::resume(runs, &mut source, options, &Device::flex(), checkpoints))
 }
