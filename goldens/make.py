@@ -1,7 +1,7 @@
 """Makes reference files for the golden tests with the libraries that they are compared to.
 
     python make.py --out DIR models
-    python make.py --out DIR sae_lens sae_lens_train sparsify dictionary_learning
+    python make.py --out DIR sae_lens sae_lens_train sparsify dictionary_learning published
     python make.py --out DIR --gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
 Each kind writes DIR/KIND/CASE/; `GOLDENS=$(realpath DIR) cargo test --workspace golden` puts them
@@ -14,21 +14,13 @@ import copy
 import importlib.metadata
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-import make_training
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_tensors(path, tensors):
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path)
+import make_dictionaries
+import make_published
+from cases import D_IN, D_OUT, D_SAE, K, dead_mask, inputs, known, write_json, write_tensors
 
 
 def version(package):
@@ -451,8 +443,6 @@ def gguf_tokenizer(path):
 
 # sae_lens and sae_lens_train: every architecture of SAELens
 
-D_IN, D_SAE, D_OUT, K, N = 20, 80, 16, 7, 12
-
 # Name: the architecture, and what its config is told beyond the sizes.
 RESCALED = {"rescale_acts_by_decoder_norm": True}
 TRANSCODER = {"d_out": D_OUT, "apply_b_dec_to_input": False}
@@ -505,8 +495,12 @@ TRAINING = {
 }
 
 
-def set_weights(sae):
+def set_weights(sae, options, case):
     """The same weights for every case, with decoder rows of many norms."""
+    weights = known(options, case, "sae_weights.safetensors")
+    if weights is not None:
+        sae.load_state_dict(weights)
+        return
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -533,20 +527,17 @@ def set_weights(sae):
     sae.load_state_dict({name: weights[name] for name in state})
 
 
-def sae_input(seed):
-    return 0.3 + 1.5 * torch.randn(N, D_IN, generator=torch.Generator().manual_seed(seed))
-
-
-def sae_lens(out, _):
+def sae_lens(out, options):
     from sae_lens import SAE
     from sae_lens.registry import get_sae_class
 
-    x = sae_input(1)
-    for name, (architecture, options) in INFERENCE.items():
-        folder = out / "sae_lens" / name
+    for name, (architecture, more) in INFERENCE.items():
+        case = f"sae_lens/{name}"
+        folder = out / case
         sae_class, config_class = get_sae_class(architecture)
-        sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **options))
-        set_weights(sae)
+        sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **more))
+        set_weights(sae, options, case)
+        x = inputs(options, case, "x", 1)
         sae.save_model(folder)
         tensors = {"x": x} | outputs(sae, x)
         try:
@@ -560,23 +551,35 @@ def sae_lens(out, _):
             tensors |= {f"folded.{key}": value for key, value in folded.items()}
         write_tensors(folder / "golden.safetensors", tensors)
     for name in TRAINING:
-        folder = out / "sae_lens" / f"from_training_{name}"
-        trained(name)[0].save_inference_model(folder)
+        case = f"sae_lens/from_training_{name}"
+        folder = out / case
+        trained(name, options)[0].save_inference_model(folder)
         sae = SAE.load_from_disk(folder)
+        x = inputs(options, case, "x", 1)
         write_tensors(folder / "golden.safetensors", {"x": x} | outputs(sae, x))
-    temporal(out / "sae_lens" / "temporal", x)
+    temporal(out, options)
 
 
-def temporal(folder, x):
+def temporal(out, options):
     """One that is no function of a single activation, to be refused."""
     from sae_lens.registry import get_sae_class
 
     sae_class, config_class = get_sae_class("temporal")
+    case = "sae_lens/temporal"
     torch.manual_seed(0)
     sae = sae_class(config_class(
         d_in=D_IN, d_sae=D_SAE, n_heads=2, n_attn_layers=1, bottleneck_factor=4))
-    sae.save_model(folder)
-    write_tensors(folder / "golden.safetensors", {"x": x})
+    weights = known(options, case, "sae_weights.safetensors")
+    if weights is not None:
+        sae.load_state_dict(weights)
+    sae.save_model(out / case)
+    x = inputs(options, case, "x", 1)
+    # One conversation, of which a position is told from those before it.
+    tensors = {"x": x} | outputs(sae, x[None])
+    with torch.no_grad():
+        parts = sae.encode_with_predictions(x[None])
+    tensors |= {f"encode_with_predictions.{i}": part for i, part in enumerate(parts)}
+    write_tensors(out / case / "golden.safetensors", tensors)
 
 
 def outputs(sae, x):
@@ -590,34 +593,33 @@ def outputs(sae, x):
         }
 
 
-def training_sae(name):
+def training_sae(name, options):
     from sae_lens.registry import get_sae_training_class
 
-    architecture, options, _ = TRAINING[name]
+    architecture, more, _ = TRAINING[name]
     sae_class, config_class = get_sae_training_class(architecture)
-    sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **options))
-    set_weights(sae)
+    sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **more))
+    set_weights(sae, options, f"sae_lens_train/{name}")
     return sae
 
 
-def sae_lens_train(out, _):
+def sae_lens_train(out, options):
     for name in TRAINING:
         folder = out / "sae_lens_train" / name
-        training_sae(name).save_model(folder)
-        _, tensors, numbers = trained(name)
+        training_sae(name, options).save_model(folder)
+        _, tensors, numbers = trained(name, options)
         write_tensors(folder / "golden.safetensors", tensors)
         write_json(folder / "golden.json", numbers)
 
 
-def trained(name):
+def trained(name, options):
     """One step of Adam, without the clipping that SAELens' trainer does before it: the SAE behind
     it, and the tensors and numbers of the step."""
     from sae_lens.saes.sae import TrainStepInput
 
-    sae = training_sae(name)
-    x = sae_input(2)
-    dead = torch.zeros(D_SAE, dtype=torch.bool)
-    dead[: TRAINING[name][2]] = True
+    sae = training_sae(name, options)
+    x = inputs(options, f"sae_lens_train/{name}", "x", 2)
+    dead = dead_mask(options, f"sae_lens_train/{name}", torch.arange(D_SAE) < TRAINING[name][2])
     adam = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8}
     optimizer = torch.optim.Adam(sae.parameters(), **adam)
     thresholds = {"topk_threshold_before": sae.topk_threshold.item()} if batch(sae) else {}
@@ -643,14 +645,15 @@ def trained(name):
         "hidden_pre": step.hidden_pre,
     }
     tensors |= {f"grad.{key}": p.grad.clone() for key, p in sae.named_parameters()}
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in sae.parameters()))
+    # What SAETrainer would clip by.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()]).item()
     optimizer.step()
     tensors |= {f"after_adam.{key}": p for key, p in sae.named_parameters()}
     if batch(sae):
         thresholds["topk_threshold_after"] = sae.topk_threshold.item()
     numbers = {
         "loss": step.loss.item(),
-        "losses": {key: float(value) for key, value in step.losses.items()},
+        "losses": {key: value.item() for key, value in step.losses.items()},
         "coefficients": coefficients,
         "grad_total_norm": norm,
         "adam": adam | {"clip": None},
@@ -665,100 +668,23 @@ def batch(sae):
     return hasattr(sae, "topk_threshold")
 
 
-# sparsify and dictionary_learning: inference
-
-SPARSIFY = {
-    "topk": {"k": K},
-    "groupmax": {"k": 8, "activation": "groupmax"},
-    "transcoder_skip": {"k": K, "transcode": True, "skip_connection": True},
-}
-
-
-def sparsify(out, _):
-    # Its kernels for GPUs stand in for the plain decoder wherever they can be imported.
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    x = sae_input(1)
-    for name, options in SPARSIFY.items():
-        folder = out / "sparsify" / name
-        coder = SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, **options))
-        torch.manual_seed(0)
-        randomise_all(coder)
-        coder.save_to_disk(folder)
-        with torch.no_grad():
-            encoded = coder.encode(x)
-            decoded = coder.decode(encoded.top_acts, encoded.top_indices)
-            tensors = {
-                "x": x,
-                "top_acts": encoded.top_acts,
-                "top_indices": encoded.top_indices,
-                "decode": decoded,
-                "sae_out": coder(x).sae_out,
-            }
-        write_tensors(folder / "golden.safetensors", tensors)
-
-
-def dictionary_learning(out, _):
-    from dictionary_learning import dictionary
-    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
-    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
-    from dictionary_learning.trainers.top_k import AutoEncoderTopK
-
-    x = sae_input(1)
-    cases = {
-        "standard": dictionary.AutoEncoder(D_IN, D_SAE),
-        "gated": dictionary.GatedAutoEncoder(D_IN, D_SAE),
-        "jumprelu": dictionary.JumpReluAutoEncoder(D_IN, D_SAE),
-        "topk": AutoEncoderTopK(D_IN, D_SAE, k=K),
-        "batchtopk": BatchTopKSAE(D_IN, D_SAE, k=K),
-        "matryoshka": MatryoshkaBatchTopKSAE(D_IN, D_SAE, k=K, group_sizes=[10, 10, 20, 40]),
-    }
-    for name, ae in cases.items():
-        folder = out / "dictionary_learning" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        randomise_all(ae)
-        thresholds = "k" in dict(ae.named_buffers())
-        if thresholds:
-            ae.threshold.fill_(0.3)
-        elif name == "jumprelu":
-            ae.threshold.data.abs_()
-        trainer = {"dict_class": type(ae).__name__, "activation_dim": D_IN, "dict_size": D_SAE,
-                   "k": K if thresholds else None, "layer": 1, "lm_name": "tiny",
-                   "submodule_name": None}
-        write_json(folder / "config.json", {"trainer": trainer})
-        torch.save(ae.state_dict(), folder / "ae.pt")
-        write_tensors(folder / "ae.safetensors", ae.state_dict())
-        tensors = {"x": x} | outputs(ae, x)
-        if thresholds:
-            with torch.no_grad():
-                tensors["encode_use_threshold"] = ae.encode(x, use_threshold=True)
-        write_tensors(folder / "golden.safetensors", tensors)
-
-
-def randomise_all(module):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            scale = 0.2 if parameter.dim() == 1 else 1 / math.sqrt(D_IN)
-            parameter.copy_(scale * torch.randn_like(parameter))
-
-
 KINDS = {
     "models": models,
     "smollm2": smollm2,
     "sae_lens": sae_lens,
     "sae_lens_train": sae_lens_train,
-    "sparsify": sparsify,
-    "dictionary_learning": dictionary_learning,
-    "sparsify_train": make_training.sparsify,
-    "dictionary_learning_train": make_training.dictionary_learning,
+    "sparsify": make_dictionaries.sparsify,
+    "dictionary_learning": make_dictionaries.dictionary_learning,
+    "published": make_published.published,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument(
+        "--like", type=Path,
+        help="take the weights and activations of SAEs from this folder, to compare with it")
     parser.add_argument("--gguf", type=Path, help="the model of the kind smollm2")
     parser.add_argument("--case", choices=MODELS, help="one of the kind models, for all of them")
     parser.add_argument("kinds", nargs="+", choices=KINDS)

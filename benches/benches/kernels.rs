@@ -13,7 +13,8 @@ use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
     adam_step, adam_step_rows, attention, dot_rows, fit_residual, gated, layer_norm, linear,
-    rms_norm, rotary, sparse_decode, sparse_encode, top_k,
+    nonlinear, rms_norm, rotary, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows,
+    sparse_sum, top_k,
 };
 
 /// Activations of a training step.
@@ -63,22 +64,43 @@ fn encoder(criterion: &mut Criterion, device: &Device) {
     group.sample_size(10).throughput(Throughput::Elements(BATCH as u64));
     group.bench_function("plain_matmul", |b| b.iter(|| x.clone().matmul(w.clone())));
     group.bench_function("top_k", |b| b.iter(|| top_k(pre.clone(), K)));
-    group.bench_function("sparse_encode", |b| {
-        b.iter(|| {
-            sparse_encode(x.clone(), w.clone(), bias.clone(), scale.clone(), Select::TopK(K))
+    // So far above the mean of a product that as many are above it as the others keep.
+    let bar = (D_MODEL as f64).sqrt() * 2.46;
+    for (name, select) in [
+        ("top_k", Select::TopK(K)),
+        ("top_k_signed", Select::TopKSigned(K)),
+        ("top_k_magnitude", Select::TopKMagnitude(K)),
+        ("batch_top_k", Select::BatchTopK(K * BATCH)),
+        ("group_max", Select::GroupMax(K)),
+        ("above", Select::Above),
+    ] {
+        let by = if select == Select::Above { scale.clone() * bar } else { scale.clone() };
+        group.bench_function(BenchmarkId::new("sparse_encode", name), |b| {
+            b.iter(|| sparse_encode(x.clone(), w.clone(), bias.clone(), by.clone(), select));
         });
-    });
+    }
     group.finish();
 }
 
-/// From latents back to activations.
+/// From latents back to activations, and the gradients on that way: the passes over what is kept
+/// that a training step is made of.
 fn decoder(criterion: &mut Criterion, device: &Device) {
     let (values, indices) = top_k(noise([BATCH, D_SAE], device), K);
     let rows = noise([D_SAE, D_MODEL], device);
+    let error = noise([BATCH, D_MODEL], device);
     let mut group = criterion.benchmark_group("decoder");
     group.sample_size(10).throughput(Throughput::Elements(BATCH as u64));
     group.bench_function("sparse_decode", |b| {
         b.iter(|| sparse_decode(indices.clone(), values.clone(), rows.clone()));
+    });
+    group.bench_function("sparse_dot", |b| {
+        b.iter(|| sparse_dot(indices.clone(), rows.clone(), error.clone()));
+    });
+    group.bench_function("sparse_grad_rows", |b| {
+        b.iter(|| sparse_grad_rows(indices.clone(), values.clone(), error.clone(), D_SAE));
+    });
+    group.bench_function("sparse_sum", |b| {
+        b.iter(|| sparse_sum(indices.clone(), values.clone(), D_SAE));
     });
     group.finish();
 }
@@ -204,6 +226,9 @@ fn blocks(criterion: &mut Criterion, device: &Device) {
     group.bench_function("gated", |b| {
         b.iter(|| gated(gate.clone(), up.clone(), Nonlinearity::Silu));
     });
+    group.bench_function("nonlinear", |b| {
+        b.iter(|| nonlinear(up.clone(), Nonlinearity::GeluTanh));
+    });
     group.bench_function("rotary", |b| {
         b.iter(|| rotary(q.clone(), cos.clone(), sin.clone(), RotaryPairs::Halves));
     });
@@ -226,8 +251,12 @@ fn gradients(criterion: &mut Criterion, device: &Device) {
     let x = x.require_grad();
     back(&mut group, "rms_norm", || rms_norm(x.clone(), gain.clone(), 1e-5));
 
+    let bias = noise([D_MODEL], device);
+    back(&mut group, "layer_norm", || layer_norm(x.clone(), gain.clone(), bias.clone(), 1e-5));
+
     let leaf = || noise([n, D_MLP], device).require_grad();
     let (gate, up) = (leaf(), leaf());
+    back(&mut group, "nonlinear", || nonlinear(up.clone(), Nonlinearity::GeluTanh));
     back(&mut group, "gated", || gated(gate.clone(), up.clone(), Nonlinearity::Silu));
 
     let angles: Tensor<3> = noise([N_ROWS, N_POS, D_HEAD / 2], device);

@@ -1,12 +1,13 @@
 //! What SAELens, sparsify and dictionary_learning compute, on the same weights.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use goldens::{Case, for_each_case};
 use sae_core::format::dictionary_learning::{self, Selection};
-use sae_core::format::{self, FormatError, saelens};
+use sae_core::format::{self, FormatError, gemma_scope, saelens};
 use sae_core::{Magnitude, Sae, SaeWeights, SparseLatents};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -215,6 +216,41 @@ fn golden_dictionary_learning_inference() {
         if case.has("encode_use_threshold") {
             let latents = read(Selection::Threshold).encode(x);
             assert_close(case, "encode_use_threshold", latents.to_dense());
+        }
+        Ok(())
+    });
+}
+
+/// Files as others publish theirs, by what SAELens reads in them (OpenAI's by its equations).
+#[test]
+fn golden_published_formats() {
+    // A larger folder need not have them.
+    if !goldens::folder().join("published").is_dir() {
+        let line = "golden published SKIPPED: not in this folder\n";
+        std::io::stderr().write_all(line.as_bytes()).expect("written");
+        return;
+    }
+    for_each_case("published", |case| {
+        let folder = case.folder();
+        let sae = match case.name().as_str() {
+            // The file does not say it.
+            "gemma_scope_transcoder" => {
+                let role = gemma_scope::Role::Transcoder;
+                gemma_scope::read_npz(&folder.join("params.npz"), role, &device())
+            }
+            "openai" | "openai_relu" => format::read(&folder.join("autoencoder.pt"), &device()),
+            _ => format::read(folder, &device()),
+        };
+        let sae = match sae {
+            Err(error @ FormatError::NeedsFeature { .. }) => return Err(error.to_string()),
+            sae => sae.unwrap_or_else(|error| panic!("{}: {error}", case.name())),
+        };
+        let (latents, forward) = sae.run(tensor(case, "x"));
+        for (name, actual) in [("encode", latents.to_dense()), ("forward", forward)] {
+            let (shape, expected) = case.floats(name);
+            assert_eq!(actual.dims()[..], shape, "{name}");
+            let actual: Vec<f32> = actual.into_data().try_into_vec_as().expect("f32");
+            goldens::assert_close(name, &actual, &expected, 1e-5);
         }
         Ok(())
     });

@@ -1,4 +1,4 @@
-"""Training steps of sparsify and dictionary_learning, for make.py.
+"""SAEs of sparsify and dictionary_learning, for make.py: their files, latents, and a training step.
 
 Each writes KIND/CASE/ with the weights before the step, what the library computes of a batch, and the
 gradients. Everything on CPU in f32; README.md says what the tensors are.
@@ -6,22 +6,12 @@ gradients. Everything on CPU in f32; README.md says what the tensors are.
 
 import importlib
 import importlib.metadata
-import json
 import math
+import os
 
 import torch
-from safetensors.torch import save_file
 
-D_IN, D_SAE, K, N = 20, 80, 7, 12
-WIDTHS = [10, 20, 40, 80]
-
-
-def save(path, tensors):
-    save_file({name: t.detach().contiguous().clone() for name, t in tensors.items()}, path)
-
-
-def save_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+from cases import D_IN, D_SAE, K, dead_mask, inputs, known, write_json, write_tensors
 
 
 def randomize(parameters, seed=0):
@@ -39,10 +29,6 @@ def randomize(parameters, seed=0):
             parameter.copy_(values)
 
 
-def batch(seed):
-    return 0.3 + 1.5 * torch.randn(N, D_IN, generator=torch.Generator().manual_seed(seed))
-
-
 def gradients(module):
     return {f"grad.{name}": p.grad.clone() for name, p in module.named_parameters()}
 
@@ -55,21 +41,28 @@ SPARSIFY = {
 }
 
 
-def sparsify(out, _):
+def sparsify(out, options):
+    # Its kernels for GPUs stand in for the plain decoder wherever they can be imported.
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig
 
-    for name, options in SPARSIFY.items():
-        sae = SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, **options))
-        randomize(dict(sae.named_parameters()))
-        sae.set_decoder_norm_to_unit_norm()
-        folder = out / "sparsify" / name
+    for name, config in SPARSIFY.items():
+        case = f"sparsify/{name}"
+        sae = SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, **config))
+        weights = known(options, case, "sae.safetensors")
+        if weights is None:
+            randomize(dict(sae.named_parameters()))
+            sae.set_decoder_norm_to_unit_norm()
+        else:
+            sae.load_state_dict(weights)
+        folder = out / case
         sae.save_to_disk(folder)
-        tensors, mask = {"x": batch(2)}, None
+        tensors, mask = {"x": inputs(options, case, "x", 2)}, None
         if name.endswith("_dead"):
-            mask = torch.arange(D_SAE) % 3 == 0
+            mask = dead_mask(options, case, torch.arange(D_SAE) % 3 == 0)
             tensors["dead_mask"] = mask.to(torch.uint8)
-        if options.get("transcode"):
-            tensors["y"] = batch(3)
+        if config.get("transcode"):
+            tensors["y"] = inputs(options, case, "y", 3)
         found = sae(tensors["x"], tensors.get("y"), dead_mask=mask)
         loss = found.fvu + found.auxk_loss / 32 + found.multi_topk_fvu / 8
         loss.backward()
@@ -81,12 +74,12 @@ def sparsify(out, _):
             "decode": sae.decode(encoded.top_acts, encoded.top_indices),
             "sae_out": found.sae_out,
         }
-        if not options.get("transcode"):
+        if not config.get("transcode"):
             # In place: what follows as the gradient is projected too.
             sae.remove_gradient_parallel_to_decoder_directions()
             tensors["grad_projected.W_dec"] = sae.W_dec.grad.clone()
         tensors |= gradients(sae)
-        save(folder / "golden.safetensors", tensors)
+        write_tensors(folder / "golden.safetensors", tensors)
         golden = {
             "loss_formula": "fvu + auxk/32 + multi_topk_fvu/8",
             "loss": loss.item(),
@@ -94,8 +87,9 @@ def sparsify(out, _):
             "auxk_loss": found.auxk_loss.item(),
             "multi_topk_fvu": found.multi_topk_fvu.item(),
             "sparsify": importlib.metadata.version("eai-sparsify"),
+            "note": "top_k unsorted: compare as sets",
         }
-        save_json(folder / "golden.json", golden)
+        write_json(folder / "golden.json", golden)
 
 
 # Name: the module and the class of the trainer, and its options.
@@ -114,12 +108,13 @@ DICTIONARY_LEARNING = {
 }
 
 
-def dictionary_learning(out, _):
+def dictionary_learning(out, options):
     at = 2000
-    for name, (module, trainer_class, options) in DICTIONARY_LEARNING.items():
+    for name, (module, trainer_class, more) in DICTIONARY_LEARNING.items():
+        case = f"dictionary_learning/{name}"
         module = importlib.import_module(f"dictionary_learning.trainers.{module}")
         if name in ("standard", "standard_april", "gated", "jumprelu"):
-            options = options | {"sparsity_warmup_steps": None}
+            more = more | {"sparsity_warmup_steps": None}
         trainer = getattr(module, trainer_class)(
             steps=1000,
             activation_dim=D_IN,
@@ -129,17 +124,23 @@ def dictionary_learning(out, _):
             lr=1e-2,
             warmup_steps=10,
             device="cpu",
-            **options,
+            **more,
         )
         sae = trainer.ae
-        randomize(dict(sae.named_parameters()))
-        if name in ("topk", "batchtopk", "matryoshka"):
-            sae.threshold.fill_(0.3)
-        folder = out / "dictionary_learning" / name
+        ranks = name in ("topk", "batchtopk", "matryoshka")
+        weights = known(options, case, "ae.safetensors")
+        if weights is None:
+            randomize(dict(sae.named_parameters()))
+            if ranks:
+                sae.threshold.fill_(0.3)
+        else:
+            sae.load_state_dict(weights)
+        folder = out / case
         folder.mkdir(parents=True, exist_ok=True)
-        save(folder / "ae.safetensors", sae.state_dict())
-        save_json(folder / "config.json", {"trainer": trainer.config})
-        x, train_x = batch(1), batch(2)
+        torch.save(sae.state_dict(), folder / "ae.pt")
+        write_tensors(folder / "ae.safetensors", sae.state_dict())
+        write_json(folder / "config.json", {"trainer": trainer.config})
+        x, train_x = inputs(options, case, "x", 1), inputs(options, case, "train_x", 2)
         with torch.no_grad():
             latents = sae.encode(x)
             tensors = {
@@ -149,12 +150,15 @@ def dictionary_learning(out, _):
                 "forward": sae(x),
                 "train_x": train_x,
             }
+            if ranks:
+                tensors["encode_use_threshold"] = sae.encode(x, use_threshold=True)
+                tensors["encode_no_threshold"] = sae.encode(x, use_threshold=False)
         log = trainer.loss(train_x, step=at, logging=True)
         golden = {"losses": log.losses, "loss": log.losses["loss"], "step": at}
-        if name in ("topk", "batchtopk", "matryoshka"):
+        if ranks:
             golden["threshold_after_loss"] = sae.threshold.item()
         # The gradient does not depend on the step; in the first ones the threshold stays.
         trainer.loss(train_x, step=0).backward()
         tensors |= gradients(sae)
-        save(folder / "golden.safetensors", tensors)
-        save_json(folder / "golden.json", golden)
+        write_tensors(folder / "golden.safetensors", tensors)
+        write_json(folder / "golden.json", golden)

@@ -1,0 +1,240 @@
+"""Times training steps of SAEs in other libraries, as `benches sae-step` times ours.
+
+    python benches/peers/sae_step.py --library LIBRARY --kind KIND --d-sae 4608
+
+Random activations `[4096, 576]` in f32: forward, backward, clipping and Adam, by each library's own
+trainer where it has one that takes activations, with its defaults. Prints the same JSON line. The
+product of the encoder is timed turn about with the steps, in the same process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+
+def sae_lens(kind, options):
+    """SAELens' own trainer, which also counts how often latents are active."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.registry import get_sae_training_class
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    more = {
+        "topk": {"k": options.k},
+        "batchtopk": {"k": options.k},
+        "jumprelu": {},
+        "gated": {"l1_coefficient": 1e-3},
+        "standard": {"l1_coefficient": 1e-3},
+    }[kind]
+    sae_class, config_class = get_sae_training_class(kind)
+    sae = sae_class(config_class(d_in=options.d_in, d_sae=options.d_sae, **more))
+    config = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=options.batch,
+        lr=options.lr, lr_end=options.lr,
+    )
+    trainer = SAETrainer(config, sae, data_provider=iter(()))
+
+    def step(x):
+        out = trainer.step(x)
+        trainer.n_training_steps += 1
+        return out.loss.item(), (out.feature_acts != 0).sum().item() / len(x)
+
+    # What it counts of the latents is in the step; what this script counts is not.
+    def timed(x):
+        return trainer.step(x)
+
+    return timed, step, sae
+
+
+def sparsify(kind, options):
+    """What sparsify's trainer does of a batch, around its own module: the trainer runs a model."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    assert kind == "topk", "sparsify has no other kind"
+    config = SparseCoderConfig(num_latents=options.d_sae, k=options.k)
+    sae = SparseCoder(options.d_in, config)
+    adam = torch.optim.Adam(sae.parameters(), lr=options.lr)
+    fired = torch.zeros(options.d_sae, dtype=torch.bool)
+
+    def timed(x):
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x, dead_mask=torch.zeros_like(fired))
+        fired[out.latent_indices.flatten()] = True
+        (out.fvu + out.auxk_loss / 32).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        return out
+
+    def step(x):
+        out = timed(x)
+        return out.fvu.item(), (out.latent_acts != 0).sum().item() / len(x)
+
+    return timed, step, sae
+
+
+def dictionary_learning(kind, options):
+    """dictionary_learning's own trainers."""
+    from dictionary_learning import trainers
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    more = {
+        "topk": (TopKTrainer, {"k": options.k}),
+        "batchtopk": (BatchTopKTrainer, {"k": options.k}),
+        "jumprelu": (trainers.JumpReluTrainer, {}),
+        "gated": (trainers.GatedSAETrainer, {}),
+        "standard": (trainers.StandardTrainer, {}),
+    }
+    trainer_class, more = more[kind]
+    trainer = trainer_class(
+        steps=10**6, activation_dim=options.d_in, dict_size=options.d_sae, layer=0,
+        lm_name="none", lr=options.lr, device="cpu", **more,
+    )
+    done = 0
+
+    def timed(x):
+        nonlocal done
+        # Not from 0 on, where it computes a geometric median.
+        done += 1
+        return trainer.update(done, x)
+
+    def step(x):
+        loss = timed(x)
+        by_rank = {"use_threshold": False} if "k" in more else {}
+        return loss, (trainer.ae.encode(x, **by_rank) != 0).sum().item() / len(x)
+
+    return timed, step, trainer.ae
+
+
+def by_hand(kind, options):
+    """The step in `sparse_step.py`."""
+    from sparse_step import SparseStep
+
+    assert kind == "topk", "there is no other kind"
+    w_dec = torch.randn(options.d_sae, options.d_in)
+    w_dec *= 0.1 / w_dec.norm(dim=1, keepdim=True)
+    timed = SparseStep(w_dec, w_dec, options.k, options.lr)
+    return timed, lambda x: (timed(x), float(options.k)), None
+
+
+LIBRARIES = {
+    "sae-lens": sae_lens,
+    "sparsify": sparsify,
+    "dictionary-learning": dictionary_learning,
+    "by-hand": by_hand,
+}
+
+
+def agree(options):
+    """Fails unless the step by hand follows SAELens' TopK from the same weights."""
+    from sparse_step import SparseStep
+
+    torch.manual_seed(0)
+    _, step, sae = sae_lens("topk", options)
+    hand = SparseStep(sae.W_enc.detach().T, sae.W_dec.detach(), options.k, options.lr)
+    # Activations of few directions, so that there is something to learn.
+    directions = torch.randn(64, options.d_in)
+    batches = [
+        torch.randn(options.batch, 64).relu() @ directions + 0.1 * torch.randn(
+            options.batch, options.d_in)
+        for _ in range(4)
+    ]
+    for i in range(50):
+        theirs, _ = step(batches[i % 4])
+        ours = hand(batches[i % 4])
+        if i in (0, 9, 49):
+            print(json.dumps({"step": i + 1, "sae_lens": theirs, "by_hand": ours}), flush=True)
+    assert abs(ours - theirs) <= 0.01 * theirs, "they part"
+
+
+def read_gb_s():
+    """Bytes that all threads together read from memory in a second."""
+    data = torch.ones(1 << 28)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    return data.numel() * 4 / statistics.median(times) / 1e9
+
+
+def peak_mb():
+    """The most memory held since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kb,) = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return kb * 1024 / 1e6
+
+
+def measure(options):
+    timed, step, _ = LIBRARIES[options.library](options.kind, options)
+    x = torch.randn(options.batch, options.d_in)
+    w = torch.randn(options.d_in, options.d_sae)
+    out = torch.empty(options.batch, options.d_sae)
+
+    def product(tile):
+        start = time.perf_counter()
+        for rows, place in zip(x.split(tile), out.split(tile)):
+            torch.mm(rows, w, out=place)
+        return time.perf_counter() - start
+
+    Path("/proc/self/clear_refs").write_text("5")
+    times, products, ratios = [], [], []
+    for i in range(options.steps + options.warm_up):
+        # Turn about, so that a change of the machine's pace hits both alike.
+        encoder = min(product(512), product(options.batch))
+        start = time.perf_counter()
+        timed(x)
+        seconds = time.perf_counter() - start
+        if i >= options.warm_up:
+            times.append(seconds)
+            products.append(encoder)
+            ratios.append(seconds / encoder)
+    peak = peak_mb()
+    _, l0 = step(x)
+    step_s, encoder_s = statistics.median(times), statistics.median(products)
+    print(json.dumps({
+        "library": options.library,
+        "kind": options.kind,
+        "d_in": options.d_in,
+        "d_sae": options.d_sae,
+        "batch": options.batch,
+        "l0": l0,
+        "tokens_per_s": options.batch / step_s,
+        "step_s": step_s,
+        "encoder_gemm_s": encoder_s,
+        "of_encoder": statistics.median(ratios),
+        "gemm_gflops": 2 * options.batch * options.d_in * options.d_sae / encoder_s / 1e9,
+        "read_gb_s": read_gb_s(),
+        "peak_rss_mb": peak,
+    }), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", choices=LIBRARIES, default="by-hand")
+    parser.add_argument("--kind", default="topk",
+                        choices=["topk", "batchtopk", "jumprelu", "gated", "standard"])
+    parser.add_argument("--d-in", type=int, default=576)
+    parser.add_argument("--d-sae", type=int, default=4608)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--agree", action="store_true",
+                        help="compare the losses of 50 steps by hand with SAELens', and time nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    # Its kernels for GPUs stand in for the plain decoder wherever they can be imported.
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    agree(options) if options.agree else measure(options)
+
+
+if __name__ == "__main__":
+    main()
