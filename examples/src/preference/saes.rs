@@ -40,14 +40,16 @@ impl TrainedSae {
     }
 }
 
-/// Kinds in turn, with their names.
-fn kind(nth: usize) -> (Objective, String) {
+/// Kinds in turn, with their names. A penalty comes slowly, or latents die of it.
+fn kind(nth: usize) -> (Objective, Schedule, String) {
+    let schedule = Schedule::new().with_learning_rate(LEARNING_RATE);
     match nth % 2 {
-        0 => (Objective::top_k(K), format!("TopK {K}")),
+        0 => (Objective::top_k(K), schedule, format!("TopK {K}")),
         _ => {
             let sparsity = Sparsity::new(L1_COEFFICIENT);
             let gated = Gated { sparsity, auxiliary: GatedAuxiliary::DetachedDecoder };
-            (Objective::new(Kind::Gated(gated)), format!("Gated {L1_COEFFICIENT}"))
+            let schedule = schedule.with_sparsity_warmup(0.1);
+            (Objective::new(Kind::Gated(gated)), schedule, format!("Gated {L1_COEFFICIENT}"))
         }
     }
 }
@@ -65,9 +67,8 @@ pub(super) fn train(
     seed: u64,
     device: &Device,
 ) -> Result<TrainedSae> {
-    let (objective, kind) = kind(nth);
+    let (objective, schedule, kind) = kind(nth);
     let d_sae = scale.expansion * d_in;
-    let schedule = Schedule::new().with_learning_rate(LEARNING_RATE).with_sparsity_warmup(0.1);
     let config = TrainConfig::new(d_sae, objective)
         .with_batch(BATCH)
         .with_n_passes(scale.n_passes)
