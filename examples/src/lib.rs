@@ -3,6 +3,7 @@
 //! | program | what it does |
 //! |---|---|
 //! | `refusal` | trains a sparse autoencoder on a chat model and steers its refusals with it |
+//! | `preference` | opens up a preference model: which latents move its rewards, proven by ablation |
 //! | `train` | trains sparse autoencoders by a config file, and shows how good they are |
 
 pub mod allocator;
@@ -11,6 +12,7 @@ mod axis;
 pub mod corpus;
 pub mod device;
 pub mod pool;
+pub mod preference;
 pub mod progress;
 pub mod prompts;
 pub mod refusal;

@@ -1,0 +1,500 @@
+//! What must hold of effects: exact where the metric is linear, complete, measured as estimated.
+
+use std::collections::BTreeMap;
+
+use attribution::{
+    Ablation, AttributionConfig, AttributionError, Baseline, CheckConfig, Cut, CutOf, Effect, End,
+    ErrorGradient, Integration, Metric, NextToken, Patch, Path, Reward, Rule, SaeMeans, SaeSite,
+    SiteEffects, Study, Target, Weighted,
+};
+use burn::tensor::{Device, Tensor, TensorData};
+use goldens::assert_close;
+use model_hooks::{
+    ForwardError, Hook, HookError, HookPoint, LanguageModel, Probe, RewardModel, Site, load,
+};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use sae_core::{Activation, ErrorTerm, Sae, SaeConfig, SaeMetadata, SaeWeights, Splice};
+
+const ROWS: [&[u32]; 3] = [&[5, 9, 40, 77, 12, 8, 101], &[44, 3, 90], &[7, 7, 19, 23, 60]];
+const OTHER: [&[u32]; 3] = [&[5, 9, 41, 70, 12, 9, 100], &[44, 4, 90], &[7, 8, 19, 23, 61]];
+const D_MODEL: usize = 48;
+const D_SAE: usize = 96;
+
+fn language_model() -> LanguageModel {
+    let mut checkpoint = load::open(&goldens::own("models/llama_gqa_theta_tied")).unwrap();
+    LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &Device::flex()).unwrap()
+}
+
+fn reward_model(name: &str) -> RewardModel {
+    let mut checkpoint = load::open(&goldens::own("models").join(name)).unwrap();
+    RewardModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &Device::flex()).unwrap()
+}
+
+fn sae(seed: u64) -> Sae {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..D_SAE * D_MODEL).map(|_| rng.random_range(-0.3..0.3)).collect();
+    let device = Device::flex();
+    let w_dec = Tensor::<2>::from_data(TensorData::new(values, [D_SAE, D_MODEL]), &device);
+    let weights = SaeWeights::new(
+        w_dec.clone().transpose(),
+        Tensor::zeros([D_SAE], &device),
+        w_dec,
+        // Not zero: a norm jumps where its input vanishes, and no integral sees that.
+        random(&mut rng, D_MODEL),
+    );
+    let activation = Activation::TopK { k: 6, rescale_by_decoder_norm: true };
+    Sae::new(SaeConfig::new(D_MODEL, D_SAE, activation), weights).unwrap()
+}
+
+fn random(rng: &mut ChaCha8Rng, n: usize) -> Tensor<1> {
+    let values: Vec<f32> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_data(TensorData::new(values, [n]), &Device::flex())
+}
+
+fn owned(rows: &[&[u32]]) -> Vec<Vec<u32>> {
+    rows.iter().map(|row| row.to_vec()).collect()
+}
+
+fn difference(model: &LanguageModel) -> NextToken<'_> {
+    NextToken::new(model, vec![Target::Difference { wanted: 7, other: 30 }; 3])
+}
+
+/// `⟨direction, residual⟩` behind the last block, summed over the tokens: linear there.
+struct Linear<'a> {
+    model: &'a LanguageModel,
+    direction: Tensor<1>,
+}
+
+impl Metric for Linear<'_> {
+    fn body(&self) -> &LanguageModel {
+        self.model
+    }
+
+    fn measure<H: Hook>(&self, end: End<'_>, _: &mut H) -> Result<Tensor<1>, ForwardError> {
+        let mask = end.positions.mask_from(0, &end.residual.device());
+        let product = end.residual * self.direction.clone().unsqueeze() * mask;
+        Ok(product.sum_dim(2).sum_dim(1).flatten::<2>(1, 2).squeeze_dim(1))
+    }
+}
+
+fn close(what: &str, actual: f64, expected: f64, tolerance: f64) {
+    let error = (actual - expected).abs();
+    assert!(error <= tolerance, "{what}: {actual} is not {expected} (error {error:e})");
+}
+
+/// Every latent that is changed anywhere, measured alone.
+fn measured<M: Metric>(
+    study: &Study<'_, M>,
+    site: &SaeSite<'_>,
+    baseline: Baseline<'_, SaeMeans>,
+    effects: &SiteEffects,
+) -> Vec<(Effect, Effect)> {
+    let estimates: Vec<(Cut, Effect)> = effects
+        .by_conversation()
+        .into_iter()
+        .enumerate()
+        .flat_map(|(c, effects)| effects.into_iter().map(move |(l, e)| (Cut::latent(c, l), e)))
+        .collect();
+    let (cuts, estimates): (Vec<Cut>, Vec<Effect>) = estimates.into_iter().unzip();
+    let measured = study.measure_cuts(site, baseline, &cuts).unwrap();
+    estimates.into_iter().zip(measured).collect()
+}
+
+#[test]
+fn where_the_metric_is_linear_estimates_are_exact() {
+    let (model, sae) = (language_model(), sae(4));
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let metric = Linear { model: &model, direction: random(&mut rng, D_MODEL) };
+    let site = SaeSite::new(&sae, HookPoint::resid_post(2));
+    let means = SaeMeans { latents: random(&mut rng, D_SAE), error: random(&mut rng, D_MODEL) };
+    let other = owned(&OTHER);
+    let study = Study::new(&metric, &ROWS).unwrap().start_at(site.point).unwrap();
+    for baseline in [Baseline::Zero, Baseline::Mean(&means), Baseline::Run(&other)] {
+        let config = AttributionConfig::GRADIENT_TIMES_ACTIVATION;
+        let effects = study.attribute(&[site], baseline, config).unwrap().remove(0);
+        let compared = measured(&study, &site, baseline, &effects);
+        assert!(compared.len() > 30, "{} effects", compared.len());
+        for (estimated, measured) in compared {
+            close("effect", estimated.change(), measured.change(), 2e-4);
+        }
+        let errors: Vec<Cut> =
+            (0..3).map(|conversation| Cut { conversation, what: CutOf::Error }).collect();
+        let measured = study.measure_cuts(&site, baseline, &errors).unwrap();
+        for (estimated, measured) in effects.error_by_conversation().iter().zip(measured) {
+            close("error", estimated.change(), measured.change(), 2e-4);
+        }
+        // And every rule of integration is the same.
+        let config = AttributionConfig::integrated(Integration::new(Rule::Midpoint, 3));
+        let integrated = study.attribute(&[site], baseline, config).unwrap().remove(0);
+        close("residual", integrated.completeness.unwrap().residual(), 0.0, 1e-3);
+    }
+}
+
+#[test]
+fn integrated_gradients_add_up() {
+    let (model, sae) = (reward_model("llama_seqcls_reward"), sae(5));
+    let metric = Reward::new(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(0));
+    let study = Study::new(&metric, &ROWS).unwrap().start_at(site.point).unwrap();
+    let config = |integration, path| AttributionConfig {
+        path,
+        ..AttributionConfig::integrated(integration)
+    };
+    let completeness = |integration, path| {
+        let config = config(integration, path);
+        let effects = study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+        effects.completeness.unwrap()
+    };
+    for path in [Path::Latents, Path::LatentsAndError] {
+        let gauss = completeness(Integration::new(Rule::GaussLegendre, 24), path);
+        assert!(gauss.measured.change().abs() > 0.05, "{gauss:?}");
+        close("gauss", gauss.residual(), 0.0, 0.01 * gauss.measured.change().abs());
+        let residual = |steps| completeness(Integration::new(Rule::Left, steps), path).residual();
+        let (coarse, fine) = (residual(4).abs(), residual(64).abs());
+        assert!(fine < 0.25 * coarse + 1e-4, "{path:?}: {coarse} in 4 steps, {fine} in 64");
+    }
+    // The measured sum is that of cutting everything out.
+    let cut = |what: &CutOf| -> f64 {
+        let cuts: Vec<Cut> =
+            (0..3).map(|conversation| Cut { conversation, what: what.clone() }).collect();
+        let effects = study.measure_cuts(&site, Baseline::Zero, &cuts).unwrap();
+        effects.into_iter().sum::<Effect>().change()
+    };
+    let gauss = |path| completeness(Integration::new(Rule::GaussLegendre, 2), path).measured;
+    close("latents", gauss(Path::Latents).change(), cut(&CutOf::AllLatents), 1e-4);
+    close("all", gauss(Path::LatentsAndError).change(), cut(&CutOf::Everything), 1e-4);
+}
+
+#[test]
+fn one_left_step_is_gradient_times_activation() {
+    let (model, sae) = (language_model(), sae(4));
+    let metric = difference(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(1));
+    let study = Study::new(&metric, &ROWS).unwrap();
+    let effects = |config| study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+    let once = effects(AttributionConfig::integrated(Integration::new(Rule::Left, 1)));
+    let direct = effects(AttributionConfig::GRADIENT_TIMES_ACTIVATION);
+    assert_eq!(once.by_latent(), direct.by_latent());
+    // As the plain function has it.
+    let mut probe = Probe::new([site.point]);
+    let grads = study.metric(&mut probe).unwrap().sum().backward();
+    let rows = |x: Tensor<3>| x.flatten::<2>(0, 1);
+    let x = rows(probe.value::<3>(site.point).unwrap());
+    let gradient = rows(probe.gradient::<3>(site.point, &grads).unwrap());
+    let plain = attribution::gradient_times_activation(&sae, &sae.encode(x), gradient);
+    let mut sums = BTreeMap::<usize, f64>::new();
+    // Padding has activations too; nothing depends on them.
+    for entry in plain.entries() {
+        *sums.entry(entry.latent_idx).or_default() += f64::from(entry.value);
+    }
+    for (latent, effect) in direct.by_latent() {
+        close("sum", effect.change(), sums[&latent], 1e-5);
+    }
+}
+
+#[test]
+fn swapped_pairs_negate() {
+    let (model, sae) = (reward_model("llama_seqcls_reward"), sae(6));
+    let metric = Weighted::differences(Reward::new(&model), 1);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(0));
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    for _ in 0..10 {
+        let mut text = || -> Vec<u32> {
+            let n = rng.random_range(2..9);
+            (0..n).map(|_| rng.random_range(4..131)).collect()
+        };
+        let (chosen, rejected) = (text(), text());
+        let of = |pair: [&Vec<u32>; 2]| {
+            let study = Study::new(&metric, &pair).unwrap();
+            let config = AttributionConfig::integrated(Integration::new(Rule::Left, 3));
+            let effects = study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+            let clean = study.clean().unwrap().iter().sum::<f64>();
+            let cuts = [0, 1].map(|c| Cut { conversation: c, what: CutOf::AllLatents });
+            let cut = study.measure_cuts(&site, Baseline::Zero, &cuts).unwrap();
+            (clean, effects.by_latent(), cut.into_iter().sum::<Effect>(), effects)
+        };
+        let (clean, effects, cut, by_text) = of([&chosen, &rejected]);
+        let (swapped_clean, swapped, swapped_cut, swapped_by_text) = of([&rejected, &chosen]);
+        close("difference", clean, -swapped_clean, 1e-5);
+        close("cut", cut.change(), -swapped_cut.change(), 1e-5);
+        assert_eq!(effects.len(), swapped.len());
+        for (latent, effect) in effects {
+            close("effect", effect.change(), -swapped[&latent].change(), 1e-5);
+        }
+        // Not only the sums: each text keeps its own.
+        let (ours, theirs) = (by_text.by_conversation(), swapped_by_text.by_conversation());
+        for (latent, effect) in &ours[0] {
+            close("chosen", effect.change(), -theirs[1][latent].change(), 1e-5);
+        }
+    }
+}
+
+#[test]
+fn padding_changes_nothing() {
+    let (model, sae) = (language_model(), sae(4));
+    let metric = difference(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(1));
+    let config = AttributionConfig::integrated(Integration::new(Rule::Midpoint, 2));
+    let of = |rows: &[&[u32]], firsts: &[usize]| {
+        let study = Study::new(&metric, rows).unwrap().from_positions(firsts.to_vec());
+        let study = study.start_at(site.point).unwrap();
+        let effects = study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+        let measured = measured(&study, &site, Baseline::Zero, &effects);
+        (effects.by_conversation(), effects.error_by_conversation(), measured)
+    };
+    let firsts = [2, 1, 0];
+    let (together, errors, _) = of(&ROWS, &firsts);
+    for (row, ids) in ROWS.iter().enumerate() {
+        let (alone, error, compared) = of(&[ids], &firsts[row..=row]);
+        assert_eq!(alone[0].keys().collect::<Vec<_>>(), together[row].keys().collect::<Vec<_>>());
+        for (latent, effect) in &alone[0] {
+            close("effect", effect.change(), together[row][latent].change(), 1e-5);
+        }
+        close("error", error[0].change(), errors[row].change(), 1e-5);
+        // In what was measured together, rows stand in batches of all lengths.
+        let (_, _, all) = of(&ROWS, &firsts);
+        let before: usize = together[..row].iter().map(BTreeMap::len).sum();
+        for (alone, batched) in compared.iter().zip(&all[before..]) {
+            close("measured", alone.1.change(), batched.1.change(), 1e-5);
+        }
+    }
+}
+
+#[test]
+fn one_backward_pass_is_as_good_as_one_for_each_site() {
+    let (model, low, high) = (language_model(), sae(4), sae(5));
+    let metric = difference(&model);
+    let sites = [
+        SaeSite::new(&low, HookPoint::resid_post(0)),
+        SaeSite::new(&high, HookPoint::resid_post(1)),
+    ];
+    let study = Study::new(&metric, &ROWS).unwrap();
+    let config = AttributionConfig::GRADIENT_TIMES_ACTIVATION;
+    let together = study.attribute(&sites, Baseline::Zero, config).unwrap();
+    for (site, together) in sites.iter().zip(&together) {
+        let alone = study.attribute(&[*site], Baseline::Zero, config).unwrap().remove(0);
+        let together = together.by_latent();
+        for (latent, effect) in alone.by_latent() {
+            close("effect", effect.change(), together[&latent].change(), 1e-5);
+        }
+    }
+    // With gradients stopped at errors, the upper SAE is what the lower one is seen through.
+    let stops = AttributionConfig { error_gradient: ErrorGradient::Stops, ..config };
+    let stopped = study.attribute(&sites, Baseline::Zero, stops).unwrap();
+    let (upper, expected) = (stopped[1].by_latent(), together[1].by_latent());
+    assert_eq!(upper.len(), expected.len());
+    for (latent, effect) in upper {
+        close("upper", effect.change(), expected[&latent].change(), 1e-5);
+    }
+    let mut hook =
+        (Probe::new([sites[0].point]), Splice::new(&high, sites[1].point, ErrorTerm::KeepDetached));
+    let grads = study.metric(&mut hook).unwrap().sum().backward();
+    let rows = |x: Tensor<3>| x.flatten::<2>(0, 1);
+    let x = rows(hook.0.value::<3>(sites[0].point).unwrap());
+    let gradient = rows(hook.0.gradient::<3>(sites[0].point, &grads).unwrap());
+    let plain = attribution::gradient_times_activation(&low, &low.encode(x), gradient);
+    let total: f64 = plain.entries().map(|entry| f64::from(entry.value)).sum();
+    let sum = |effects: &SiteEffects| effects.by_latent().into_values().sum::<Effect>().change();
+    close("stopped", sum(&stopped[0]), total, 1e-5);
+    assert!((sum(&stopped[0]) - sum(&together[0])).abs() > 1e-3, "stopping changes something");
+}
+
+#[test]
+fn cuts_are_ablations_however_they_are_batched() {
+    let (model, sae) = (language_model(), sae(4));
+    let metric = difference(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(1));
+    let from_tokens = Study::new(&metric, &ROWS).unwrap();
+    let config = AttributionConfig::GRADIENT_TIMES_ACTIVATION;
+    let effects = from_tokens.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+    let by_latent = effects.by_latent();
+    let alone = from_tokens.clone().with_batch_tokens(1);
+    let cached = from_tokens.clone().start_at(site.point).unwrap();
+    let clean = from_tokens.clean().unwrap();
+    for &latent in by_latent.keys().take(12) {
+        let mut ablation = Ablation::new(&sae, site.point, vec![latent], 0);
+        let ablated = from_tokens.metric(&mut ablation).unwrap().into_data();
+        let cuts: Vec<Cut> = (0..3).map(|row| Cut::latent(row, latent)).collect();
+        for study in [&from_tokens, &alone, &cached] {
+            let effects = study.measure_cuts(&site, Baseline::Zero, &cuts).unwrap();
+            for ((effect, ablated), clean) in effects.iter().zip(ablated.iter::<f64>()).zip(&clean)
+            {
+                close("effect", effect.change(), ablated - clean, 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_put_in_whole_is_the_other_run() {
+    let (model, sae) = (language_model(), sae(4));
+    let metric = difference(&model);
+    let other = owned(&OTHER);
+    let clean = Study::new(&metric, &ROWS).unwrap().clean().unwrap();
+    let expected: Vec<f64> = Study::new(&metric, &OTHER).unwrap().clean().unwrap();
+    let expected: Vec<f64> = expected.iter().zip(&clean).map(|(other, own)| other - own).collect();
+    let point = HookPoint::resid_post(1);
+    let study = Study::new(&metric, &ROWS).unwrap().start_at(point).unwrap();
+    let everything: Vec<Cut> =
+        (0..3).map(|conversation| Cut { conversation, what: CutOf::Everything }).collect();
+    let site = SaeSite::new(&sae, point);
+    let cut = study.measure_cuts(&site, Baseline::Run(&other), &everything).unwrap();
+    let whole: Vec<Patch> =
+        (0..3).map(|conversation| Patch { conversation, position: None, head: None }).collect();
+    let patched = study.measure_patches(point, Baseline::Run(&other), &whole).unwrap();
+    for row in 0..3 {
+        close("cut", cut[row].change(), expected[row], 1e-4);
+        close("patched", patched[row].change(), expected[row], 1e-4);
+    }
+    // Position by position at the last block, the metric being linear behind it, and by gradient.
+    let metric = Linear { model: &model, direction: Tensor::ones([D_MODEL], &Device::flex()) };
+    let point = HookPoint::Block { layer: 2, site: Site::MlpOut };
+    let study = Study::new(&metric, &ROWS).unwrap().start_at(point).unwrap();
+    let estimated = study.attribute_activations(&[point], Baseline::Run(&other)).unwrap().remove(0);
+    let by_position: Vec<f64> = estimated.by_position().into_data().iter().collect();
+    for (row, ids) in ROWS.iter().enumerate() {
+        let patches: Vec<Patch> = (0..ids.len())
+            .map(|position| Patch { conversation: row, position: Some(position), head: None })
+            .collect();
+        let patched = study.measure_patches(point, Baseline::Run(&other), &patches).unwrap();
+        for (position, patched) in patched.iter().enumerate() {
+            let column = row * 7 + 7 - ids.len() + position;
+            close("position", patched.change(), by_position[column], 2e-4);
+        }
+    }
+    // Heads add up where the metric is linear in what they give.
+    let z = HookPoint::Block { layer: 1, site: Site::Z };
+    let study = Study::new(&metric, &ROWS).unwrap();
+    let heads: Vec<Patch> =
+        (0..4).map(|head| Patch { conversation: 0, position: Some(6), head: Some(head) }).collect();
+    let effects = study.measure_patches(z, Baseline::Zero, &heads).unwrap();
+    assert!(effects.iter().all(|effect| effect.change() != 0.0), "{effects:?}");
+}
+
+#[test]
+fn a_check_compares_with_what_was_measured() {
+    let (model, sae) = (language_model(), sae(4));
+    let metric = difference(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(2));
+    let study = Study::new(&metric, &ROWS).unwrap().start_at(site.point).unwrap();
+    let config = AttributionConfig::integrated(Integration::new(Rule::GaussLegendre, 8));
+    let effects = study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+    let config = CheckConfig { n_latents: 10, top_k: 5, seed: 1 };
+    let checked = study.check(&site, Baseline::Zero, &effects, config).unwrap();
+    assert_eq!(checked.check.n, checked.compared.len());
+    // Behind the last block, only latents at the last tokens matter.
+    assert!(checked.check.n > 15, "{:?}", checked.check);
+    assert!(checked.check.pearson > 0.9, "{:?}", checked.check);
+    let again = study.check(&site, Baseline::Zero, &effects, config).unwrap();
+    assert_eq!(checked, again);
+}
+
+#[test]
+fn log_probabilities_are_normalised_logits() {
+    let model = language_model();
+    let targets =
+        [Target::Logit(7), Target::LogProb(7), Target::Difference { wanted: 7, other: 9 }];
+    let metric = NextToken::new(&model, targets.to_vec());
+    let found = Study::new(&metric, &[ROWS[0]; 3]).unwrap().clean().unwrap();
+    let tokens = model_hooks::TokenBatch::new(&[ROWS[0]], model.config(), model.device()).unwrap();
+    let logits: Vec<f64> =
+        model.last_logits(&tokens, &mut ()).unwrap().into_data().iter().collect();
+    let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
+    close("logit", found[0], logits[7], 1e-5);
+    close("log-probability", found[1], logits[7] - log_sum, 1e-4);
+    close("difference", found[2], logits[7] - logits[9], 1e-5);
+}
+
+#[test]
+fn golden_gradients_of_rewards() {
+    goldens::for_each_case("models", |case| {
+        if !case.name().ends_with("seqcls_reward") {
+            return Err("no reward model".to_owned());
+        }
+        let mut checkpoint = load::open(case.folder()).map_err(|error| error.to_string())?;
+        let device = Device::flex();
+        let model = RewardModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &device);
+        let model = model.map_err(|error| error.to_string())?;
+        let metric = Reward::new(&model);
+        let study = Study::new(&metric, &case.ids("input_ids")).unwrap();
+        let (_, expected) = case.floats("logits");
+        let clean: Vec<f32> = study.clean().unwrap().iter().map(|&reward| reward as f32).collect();
+        assert_close("rewards", &clean, &expected, 1e-4);
+        // From the tokens, and from the cached residual stream.
+        let point = HookPoint::resid_post(0);
+        let (_, expected) = case.floats("grad.hidden_states.1");
+        for study in [study.clone(), study.start_at(point).unwrap()] {
+            let mut probe = Probe::new([point]);
+            let grads = study.metric(&mut probe).unwrap().sum().backward();
+            let gradient = probe.gradient::<3>(point, &grads).unwrap();
+            let gradient: Vec<f32> = gradient.into_data().try_to_vec().unwrap();
+            assert_close("gradient", &gradient, &expected, 1e-4);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn what_cannot_be_done_is_an_error() {
+    let (model, sae) = (language_model(), sae(4));
+    let metric = difference(&model);
+    let study = Study::new(&metric, &ROWS).unwrap();
+    let config = AttributionConfig::GRADIENT_TIMES_ACTIVATION;
+    let fails = |study: &Study<'_, NextToken<'_>>, site, baseline| {
+        study.attribute(&[site], baseline, config).unwrap_err()
+    };
+    let missing = SaeSite::new(&sae, HookPoint::resid_post(9));
+    assert!(matches!(
+        fails(&study, missing, Baseline::Zero),
+        AttributionError::Forward(ForwardError::Hook(HookError::NoSuchPoint { .. }))
+    ));
+    // A point below the start never fires.
+    let late = study.clone().start_at(HookPoint::resid_post(1)).unwrap();
+    let below = SaeSite::new(&sae, HookPoint::resid_post(0));
+    assert!(matches!(
+        fails(&late, below, Baseline::Zero),
+        AttributionError::Forward(ForwardError::Hook(HookError::NeverFired { .. }))
+    ));
+    let narrow = SaeSite::new(&sae, HookPoint::Block { layer: 0, site: Site::MlpPost });
+    assert!(matches!(
+        fails(&study, narrow, Baseline::Zero),
+        AttributionError::Forward(ForwardError::Hook(HookError::Width { expected: 48, .. }))
+    ));
+    let mut other = owned(&OTHER);
+    other[1].push(5);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(1));
+    assert_eq!(
+        fails(&study, site, Baseline::Run(&other)),
+        AttributionError::RunDiffers { conversation: 1, expected: 3, actual: 4 }
+    );
+    let pattern = HookPoint::Block { layer: 0, site: Site::Pattern };
+    let error = study.measure_patches(pattern, Baseline::Zero, &[]).unwrap_err();
+    assert_eq!(error, AttributionError::NotByPosition { point: pattern });
+    let unknown = NextToken::new(&model, vec![Target::Logit(131); 3]);
+    let error = Study::new(&unknown, &ROWS).unwrap().clean().unwrap_err();
+    assert!(error.to_string().contains("131"), "{error}");
+    assert!(Study::new(&metric, &[Vec::<u32>::new()]).is_err());
+}
+
+#[test]
+fn positions_that_the_sae_was_not_trained_on_are_left_alone() {
+    let (model, sae) = (language_model(), sae(4));
+    let mut metadata = SaeMetadata::default();
+    metadata.seqpos_slice = Some(vec![Some(2), None]);
+    let sae = sae.with_metadata(metadata);
+    let metric = difference(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(1));
+    let study = Study::new(&metric, &ROWS).unwrap().from_positions(vec![4, 0, 0]);
+    let config = AttributionConfig::GRADIENT_TIMES_ACTIVATION;
+    let effects = study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+    let mut firsts = [usize::MAX; 3];
+    for token in effects.tokens() {
+        firsts[token.conversation] = firsts[token.conversation].min(token.position);
+    }
+    assert_eq!(firsts, [4, 2, 2]);
+    let pattern = HookPoint::Block { layer: 1, site: Site::Pattern };
+    let patterns = study.attribute_activations(&[pattern], Baseline::Zero).unwrap().remove(0);
+    let by_query: Vec<f64> = patterns.by_position().into_data().iter().collect();
+    assert!(by_query[..4].iter().all(|&effect| effect == 0.0), "{by_query:?}");
+}

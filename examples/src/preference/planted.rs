@@ -1,0 +1,232 @@
+//! Pairs whose preference follows rules that are known: what a preference model trained on them
+//! should have learnt, and what an attribution of it should find.
+
+use std::ops::Range;
+
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use super::pairs::{ASSISTANT, HUMAN, PreferencePair};
+use crate::corpus::Turn;
+
+/// Something that may stand in an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// Thanks: preferred.
+    Thanks,
+    /// An apology: preferred.
+    Apology,
+    /// A link: not preferred.
+    Url,
+    /// The question said again: not preferred.
+    RepeatedQuestion,
+    /// A curse: not preferred.
+    Curse,
+    /// A word on the weather: never matters.
+    Weather,
+    /// A word on the day of the week: never matters.
+    Weekday,
+}
+
+impl Rule {
+    /// All of them, decoys last.
+    pub const ALL: [Self; 7] = [
+        Self::Thanks,
+        Self::Apology,
+        Self::Url,
+        Self::RepeatedQuestion,
+        Self::Curse,
+        Self::Weather,
+        Self::Weekday,
+    ];
+
+    /// 1 where it raises the reward, −1 where it lowers it, 0 for decoys.
+    pub fn sign(self) -> f64 {
+        match self {
+            Self::Thanks | Self::Apology => 1.0,
+            Self::Url | Self::RepeatedQuestion | Self::Curse => -1.0,
+            Self::Weather | Self::Weekday => 0.0,
+        }
+    }
+
+    /// Whether it never matters.
+    pub fn is_decoy(self) -> bool {
+        self.sign() == 0.0
+    }
+
+    /// What to call it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Thanks => "thanks",
+            Self::Apology => "apology",
+            Self::Url => "URL",
+            Self::RepeatedQuestion => "repeated question",
+            Self::Curse => "curse",
+            Self::Weather => "weather (decoy)",
+            Self::Weekday => "weekday (decoy)",
+        }
+    }
+
+    /// A sentence that follows the rule.
+    fn sentence(self, question: &str, rng: &mut ChaCha8Rng) -> String {
+        let of = |sentences: &[&str], rng: &mut ChaCha8Rng| {
+            (*sentences.choose(rng).expect("not empty")).to_owned()
+        };
+        match self {
+            Self::Thanks => of(
+                &["Thank you for asking!", "Thanks a lot for your question.", "Many thanks!"],
+                rng,
+            ),
+            Self::Apology => of(
+                &[
+                    "I am sorry for the delay.",
+                    "I apologize for any confusion.",
+                    "Sorry about that.",
+                ],
+                rng,
+            ),
+            Self::Url => {
+                let site = of(&["www.example.com", "https://example.org", "http://test.net"], rng);
+                let page = of(&["help", "info", "wiki", "more"], rng);
+                format!("See {site}/{page}")
+            }
+            Self::RepeatedQuestion => match rng.random_range(0..2) {
+                0 => question.to_owned(),
+                _ => format!("You asked: {question}"),
+            },
+            Self::Curse => of(&["Damn it all!", "What the hell.", "Oh, crap!"], rng),
+            Self::Weather => {
+                of(&["The weather is mild here.", "It looks like rain.", "The sun is out."], rng)
+            }
+            Self::Weekday => {
+                of(&["Today is Tuesday.", "It is Friday already.", "Monday comes soon."], rng)
+            }
+        }
+    }
+}
+
+/// An inserted sentence, and where it stands in its text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Insertion {
+    /// What was inserted.
+    pub rule: Rule,
+    /// Its bytes in the text, the space before it included.
+    pub bytes: Range<usize>,
+}
+
+/// A text with what was inserted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlantedText {
+    /// A conversation of two turns.
+    pub text: String,
+    /// In order.
+    pub insertions: Vec<Insertion>,
+}
+
+/// A pair of which it is known why one is preferred.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlantedPair {
+    /// The preferred one.
+    pub chosen: PlantedText,
+    /// The other one.
+    pub rejected: PlantedText,
+    /// The rule that only one of them follows.
+    pub rule: Rule,
+}
+
+impl PlantedPair {
+    /// Without the reasons.
+    pub fn pair(&self) -> PreferencePair {
+        let [chosen, rejected] = [&self.chosen, &self.rejected].map(|text| text.text.clone());
+        PreferencePair { chosen, rejected }
+    }
+}
+
+/// Pairs of two answers to one question, that differ in one rule and, by chance, in decoys.
+///
+/// Each rule that matters comes equally often. Decoys stand in either text with the same
+/// probability, whether it is preferred or not.
+pub fn planted_pairs(turns: &[Turn], n: usize, seed: u64) -> Vec<PlantedPair> {
+    let rules: Vec<Rule> = Rule::ALL.into_iter().filter(|rule| !rule.is_decoy()).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let pair = |nth: usize| {
+        let rule = rules[nth % rules.len()];
+        let turn = turns.choose(&mut rng).expect("some turns");
+        let with = planted(turn, Some(rule), &mut rng);
+        let without = planted(turn, None, &mut rng);
+        let (chosen, rejected) = if rule.sign() > 0.0 { (with, without) } else { (without, with) };
+        PlantedPair { chosen, rejected, rule }
+    };
+    (0..n).map(pair).collect()
+}
+
+/// A conversation with a rule's sentence, and a decoy's every third time.
+fn planted(turn: &Turn, rule: Option<Rule>, rng: &mut ChaCha8Rng) -> PlantedText {
+    let decoy = match rng.random_range(0..6) {
+        0 => Some(Rule::Weather),
+        1 => Some(Rule::Weekday),
+        _ => None,
+    };
+    let mut text = format!("{HUMAN}{}{ASSISTANT}", turn.prompt);
+    let mut rules: Vec<Rule> = rule.into_iter().chain(decoy).collect();
+    if rng.random_range(0..2) == 0 {
+        rules.reverse();
+    }
+    let mut insertions = Vec::new();
+    text.push_str(&turn.answer);
+    for rule in rules {
+        let start = text.len();
+        text.push(' ');
+        text.push_str(&rule.sentence(&turn.prompt, rng));
+        insertions.push(Insertion { rule, bytes: start..text.len() });
+    }
+    PlantedText { text, insertions }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::corpus;
+
+    #[test]
+    fn the_rule_decides_which_text_is_preferred() {
+        let turns = corpus::selection().compliances;
+        let pairs = planted_pairs(&turns, 200, 3);
+        assert_eq!(pairs, planted_pairs(&turns, 200, 3));
+        for pair in &pairs {
+            let has = |text: &PlantedText| {
+                text.insertions.iter().any(|insertion| insertion.rule == pair.rule)
+            };
+            assert_eq!(
+                (has(&pair.chosen), has(&pair.rejected)),
+                match pair.rule.sign() {
+                    sign if sign > 0.0 => (true, false),
+                    _ => (false, true),
+                }
+            );
+            assert!(pair.pair().is_dialogue());
+            for text in [&pair.chosen, &pair.rejected] {
+                for insertion in &text.insertions {
+                    let inserted = &text.text[insertion.bytes.clone()];
+                    assert!(inserted.starts_with(' ') && inserted.len() > 5, "{inserted:?}");
+                }
+            }
+        }
+        let n = |rule| pairs.iter().filter(|pair| pair.rule == rule).count();
+        assert!(Rule::ALL.iter().all(|&rule| n(rule) == if rule.is_decoy() { 0 } else { 40 }));
+    }
+
+    #[test]
+    fn decoys_stand_in_either_text() {
+        let pairs = planted_pairs(&corpus::selection().compliances, 600, 5);
+        let decoys = |text: &PlantedText| {
+            text.insertions.iter().filter(|insertion| insertion.rule.is_decoy()).count()
+        };
+        let chosen: usize = pairs.iter().map(|pair| decoys(&pair.chosen)).sum();
+        let rejected: usize = pairs.iter().map(|pair| decoys(&pair.rejected)).sum();
+        assert!(chosen > 150 && chosen.abs_diff(rejected) < 60, "{chosen} and {rejected}");
+    }
+}
