@@ -2,23 +2,54 @@
 //!
 //! | to | see |
 //! |---|---|
-//! | clamp latents, add or ablate a direction | [`Steering`], [`Intervention`] |
-//! | make directions | [`difference_of_means`], [`random_direction`] |
+//! | clamp, scale or ablate latents; add, ablate or edit a direction | [`Steering`], [`Intervention`] |
+//! | steer some tokens, and on a condition | [`Region`], [`Condition`] |
+//! | read a few latents without the others | [`LatentReader`] |
+//! | keep all of that in a document, and check it against a model | [`Plan`] |
+//! | read and write llama.cpp's control vectors | [`format::control_vector`] |
+//! | make directions | [`difference_of_means`], [`principal_direction`], [`LogisticProbe`], [`latent_direction`], [`LinearEffects`], [`random_direction`] |
+//! | choose one, or a bundle of latents | [`select_direction`], [`greedy_bundle`] |
 //! | find the latents behind a behaviour | [`contrast`], [`Contrast`] |
 //! | score a prompt without generating | [`log_odds`] |
 //! | read answers | [`PhraseJudge`], [`Outcome`] |
 //! | report rates | [`Rate`] |
 
+mod condition;
 mod direction;
+mod error;
 mod find;
+mod fingerprint;
+pub mod format;
 mod intervention;
 mod judge;
+mod latent_edit;
+mod latent_reader;
 mod log_odds;
+mod logistic;
+mod pca;
+pub mod plan;
 mod rate;
+mod region;
+mod rows;
+mod selection;
+mod steering;
+mod targeted;
 
-pub use direction::{difference_of_means, norm, random_direction};
+pub use condition::{Condition, Over, Score, scores};
+pub use direction::{difference_of_means, latent_direction, norm, random_direction};
+pub use error::SteeringError;
 pub use find::{Contrast, LatentStatistics, contrast};
-pub use intervention::{Intervention, Steering, SteeringError};
+pub use fingerprint::fingerprint;
+pub use intervention::Intervention;
 pub use judge::{Judge, Outcome, PhraseJudge};
+pub use latent_edit::{Amount, LatentChange, LatentEdit, LatentEdits, Remainder};
+pub use latent_reader::{LatentReader, Reading, running_threshold};
 pub use log_odds::log_odds;
+pub use logistic::{LogisticOptions, LogisticProbe};
+pub use pca::{Pca, principal_direction};
+pub use plan::{Plan, PlanError};
 pub use rate::Rate;
+pub use region::{Part, Region};
+pub use selection::{DirectionRule, DirectionTrial, greedy_bundle, select_direction};
+pub use steering::{Steering, Steerings, residual_writers};
+pub use targeted::LinearEffects;
