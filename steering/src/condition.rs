@@ -160,11 +160,7 @@ impl<'a> Decider<'a> {
     pub(crate) fn is_due(&self, positions: &Positions) -> bool {
         match self.over {
             Over::EachToken => true,
-            // Conversations that are run anew have been decided about.
-            _ => {
-                let is_first = positions.n_past() == 0 && !positions.is_prefix();
-                is_first && !positions.is_generated(positions.n_columns() - 1)
-            }
+            _ => begins(positions),
         }
     }
 
@@ -209,13 +205,13 @@ impl<'a> Decider<'a> {
     pub(crate) fn holds(&self, positions: &Positions, row: usize, column: usize) -> bool {
         match self.over {
             Over::EachToken => self.tokens[row * positions.n_columns() + column],
-            _ if positions.is_prefix() => false,
-            _ => {
-                // Conversations that are run anew have the prefix among their own tokens.
-                let decided = self.prompts.get(&positions.prompt(row));
-                decided.copied().unwrap_or(false)
-            }
+            _ => self.prompts.get(&positions.prompt(row)).copied().unwrap_or(false),
         }
+    }
+
+    /// Whether it is prompts that are decided about.
+    pub(crate) fn is_by_prompt(&self) -> bool {
+        self.over != Over::EachToken
     }
 
     /// What was decided about each prompt, by its number.
@@ -224,8 +220,15 @@ impl<'a> Decider<'a> {
     }
 }
 
-/// `score(x) > threshold` of single activations, by a condition's score: for rows that are decided
-/// about before they are run.
+/// Whether this is the first pass over the prompts. Conversations that are run anew from their first
+/// tokens have begun before.
+pub(crate) fn begins(positions: &Positions) -> bool {
+    let is_first = positions.n_past() == 0 && !positions.is_prefix();
+    is_first && !positions.is_generated(positions.n_columns() - 1)
+}
+
+/// A condition's score of activations: to find its threshold by, or to decide about prompts before
+/// they are run.
 ///
 /// # Shapes
 /// `x`: `[n, d_model]`; one score for each row.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::Tensor;
 use model_hooks::{Hook, HookError, HookPoint, Positions, RowEdit, Site};
 
-use crate::condition::{Condition, Decider, mask};
+use crate::condition::{Condition, Decider, begins, mask};
 use crate::error::SteeringError;
 use crate::intervention::{Change, Intervention};
 use crate::region::{Prompts, Region};
@@ -21,6 +21,8 @@ pub struct Steering<'a> {
     points: Vec<(HookPoint, RowEdit)>,
     region: Region,
     prompts: Prompts,
+    /// Tokens that the prompts share: what is decided by prompt leaves them alone, in whichever pass.
+    n_shared: usize,
     condition: Option<(HookPoint, RowEdit, Decider<'a>)>,
     told: Result<(), HookError>,
 }
@@ -61,7 +63,8 @@ impl<'a> Steering<'a> {
             return Err(SteeringError::Nothing { name: "the list of points".into() });
         }
         let prompts = Prompts::default();
-        Ok(Self { change, points, region, prompts, condition: None, told: Ok(()) })
+        let (condition, n_shared) = (None, 0);
+        Ok(Self { change, points, region, prompts, n_shared, condition, told: Ok(()) })
     }
 
     /// Steers only where a condition holds.
@@ -112,12 +115,18 @@ impl<'a> Steering<'a> {
     fn cells(&self, positions: &Positions) -> Vec<bool> {
         let (n_rows, n) = (positions.n_rows(), positions.n_columns());
         let decider = self.condition.as_ref().map(|(_, _, decider)| decider);
+        let is_by_prompt =
+            self.prompts.starts.is_some() || decider.is_some_and(Decider::is_by_prompt);
+        let first = if is_by_prompt { self.n_shared } else { 0 };
         let mut cells = Vec::with_capacity(n_rows * n);
         for row in 0..n_rows {
             let start = match &self.prompts.starts {
-                None => Some(0),
-                Some(_) if positions.is_prefix() => None,
-                Some(starts) => starts.get(positions.prompt(row)).copied().flatten(),
+                _ if is_by_prompt && positions.is_prefix() => None,
+                None => Some(first),
+                Some(starts) => {
+                    let start = starts.get(positions.prompt(row)).copied().flatten();
+                    start.map(|start| start.max(first))
+                }
             };
             cells.extend((0..n).map(|column| {
                 let Some(position) = positions.get(row, column) else { return true };
@@ -148,6 +157,9 @@ impl Hook for Steering<'_> {
         {
             self.told = Err(HookError::Prompts { point, expected, actual });
             return x;
+        }
+        if begins(positions) {
+            self.n_shared = positions.n_prefix();
         }
         if let Some((at, seen, decider)) = &mut self.condition
             && *at == point

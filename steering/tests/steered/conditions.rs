@@ -1,6 +1,6 @@
 //! Conditions decide for each conversation by itself.
 
-use model_hooks::{HookPoint, TokenBatch};
+use model_hooks::{HookPoint, RopeLength, TokenBatch};
 use sae_core::Normalization;
 use steering::{
     Condition, Intervention, Over, Part, Reading, Region, Score, Steering, SteeringError, scores,
@@ -139,6 +139,46 @@ fn a_shared_prefix_is_left_alone_until_it_is_decided() {
         let region = Region::from_position(prefix.len());
         let mut always = Steering::new([POINT], add, region).unwrap();
         assert_eq!(behind, answers(&model, &ROWS, &prefix, &mut always));
+    }
+}
+
+/// Past 20 tokens this model's angles change, and a conversation is run anew from its first token:
+/// what was its prompt, and what was decided about it, stays.
+#[test]
+fn conversations_run_anew_are_steered_as_before() {
+    let model = named("models/phi3_partial_longrope_switch");
+    let model = model.with_rope_length(RopeLength::Conversation);
+    let long: Vec<u32> = (1..=17).collect();
+    let rows = [&long[..], ROWS[2]];
+    let plain = answers(&model, &rows, &[], &mut ());
+    let add = || Intervention::Add { direction: direction(5) * 4.0 };
+    for region in [Region::from_position(1), Region::default().part(Part::Answer)] {
+        let always = || Steering::new([POINT], add(), region.clone()).unwrap();
+        let score = Score::Cosine { direction: direction(40) };
+        let decided = || steering(&score, Over::LastPromptToken, -2.0, region.clone());
+        for hook in [&always as &dyn Fn() -> Steering<'static>, &decided] {
+            let together = answers(&model, &rows, &[], &mut hook());
+            assert_ne!(together, plain);
+            for (answer, ids) in together.iter().zip(rows) {
+                let alone = uncached(&model, ids, || {
+                    let mut hook = hook();
+                    hook.set_prompt_lengths(vec![ids.len()]);
+                    hook
+                });
+                assert_eq!(*answer, alone, "{region:?}");
+            }
+        }
+        // Behind a prefix that is left alone, too.
+        let (prefix, own) = long.split_at(4);
+        let mut hook = decided();
+        let behind = answers(&model, &[own], prefix, &mut hook);
+        let alone = uncached(&model, &long, || {
+            let region = Region { from_position: region.from_position.max(4), ..region.clone() };
+            let mut hook = Steering::new([POINT], add(), region).unwrap();
+            hook.set_prompt_lengths(vec![long.len()]);
+            hook
+        });
+        assert_eq!(behind[0], alone);
     }
 }
 

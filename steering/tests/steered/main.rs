@@ -1,5 +1,6 @@
 //! What must hold of every intervention, on a tiny model with random autoencoders.
 
+mod capability;
 mod conditions;
 mod edits;
 mod latents;
@@ -22,7 +23,11 @@ const TOP_K: Activation = Activation::TopK { k: 8, rescale_by_decoder_norm: fals
 const RESCALED_TOP_K: Activation = Activation::TopK { k: 8, rescale_by_decoder_norm: true };
 
 fn model() -> LanguageModel {
-    let mut checkpoint = load::open(&goldens::own("models/llama_gqa_theta_tied")).unwrap();
+    named("models/llama_gqa_theta_tied")
+}
+
+fn named(name: &str) -> LanguageModel {
+    let mut checkpoint = load::open(&goldens::own(name)).unwrap();
     LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &Device::flex()).unwrap()
 }
 
