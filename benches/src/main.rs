@@ -9,6 +9,7 @@ mod model;
 mod peak;
 mod sae_step;
 mod soak;
+mod steered;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -30,6 +31,8 @@ enum What {
     SaeStep(sae_step::Options),
     /// A training run that is killed at random points and has to end with the same bits.
     Soak(soak::Options),
+    /// Decoding, steered and not.
+    Steering(steered::Options),
 }
 
 fn main() -> Result<()> {
@@ -39,5 +42,6 @@ fn main() -> Result<()> {
         What::Memory(options) => memory::run(&options),
         What::SaeStep(options) => sae_step::run(&options),
         What::Soak(options) => soak::run(&options),
+        What::Steering(options) => steered::run(&options),
     })
 }
