@@ -10,6 +10,7 @@ mod peak;
 mod sae_step;
 mod save;
 mod soak;
+mod steered;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -33,6 +34,8 @@ enum What {
     Save(save::Options),
     /// A training run that is killed at random points and has to end with the same bits.
     Soak(soak::Options),
+    /// Decoding, steered and not.
+    Steering(steered::Options),
 }
 
 fn main() -> Result<()> {
@@ -43,5 +46,6 @@ fn main() -> Result<()> {
         What::SaeStep(options) => sae_step::run(&options),
         What::Save(options) => save::run(&options),
         What::Soak(options) => soak::run(&options),
+        What::Steering(options) => steered::run(&options),
     })
 }

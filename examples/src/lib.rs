@@ -4,11 +4,13 @@
 //! |---|---|
 //! | `refusal` | trains a sparse autoencoder on a chat model and steers its refusals with it |
 //! | `preference` | opens up a preference model: which latents move its rewards, proven by ablation |
+//! | `chat` | chats with a model that a plan steers, and shows a latent at every token |
 //! | `train` | trains sparse autoencoders by a config file, and shows how good they are |
 
 pub mod allocator;
 pub mod assets;
 mod axis;
+pub mod chat;
 pub mod corpus;
 pub mod device;
 pub mod pool;
@@ -18,5 +20,6 @@ pub mod prompts;
 pub mod refusal;
 pub mod report;
 pub mod results;
+pub mod sets;
 pub mod storage;
 pub mod train;

@@ -84,7 +84,8 @@ impl LanguageModel {
                 };
                 let whole: Vec<Vec<u32>> = rows.iter().map(whole).collect();
                 next = TokenBatch::new(&whole, self.config(), self.device())?;
-                cache = self.cache(SharedPrefix::default(), &next);
+                let n_prompt = next.dims()[1] - step;
+                cache = self.cache(SharedPrefix::default(), &next).anew(rows.clone(), n_prompt);
             }
             let [_, n] = next.dims();
             let positions = cache.next_positions(n);

@@ -59,6 +59,16 @@ pub enum HookError {
         /// The width of the activation.
         actual: usize,
     },
+    /// The hook was told how to treat each prompt, and met one that it was told nothing of.
+    #[error("the hook at {point} was told of {expected} prompts, and met prompt {actual}")]
+    Prompts {
+        /// The point asked for.
+        point: HookPoint,
+        /// Prompts that the hook was told of.
+        expected: usize,
+        /// The index of the prompt met.
+        actual: usize,
+    },
 }
 
 /// Runs `x` through the hook where it wants the point.

@@ -303,8 +303,9 @@ impl LanguageModel {
     /// conversations.
     pub fn prefix<H: Hook>(&self, ids: &[u32], hook: &mut H) -> Result<SharedPrefix, ForwardError> {
         let tokens = TokenBatch::new(&[ids], &self.config, &self.device)?;
-        let mut cache = self.cache(SharedPrefix::default(), &tokens);
-        let residual = self.embed(&tokens, &tokens.positions(0), hook);
+        let mut cache = self.cache(SharedPrefix::default(), &tokens).for_prefix();
+        let positions = cache.next_positions(ids.len());
+        let residual = self.embed(&tokens, &positions, hook);
         self.blocks(residual, 0..self.config.n_layers, &mut cache, hook)?;
         Ok(cache.into_prefix(ids))
     }

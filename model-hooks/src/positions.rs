@@ -19,6 +19,12 @@ pub struct Positions {
     /// Own columns at which the conversations of each row begin, in order. What stands before the
     /// first is padding.
     starts: Vec<Vec<usize>>,
+    /// Which of the rows that the conversations began with each row is.
+    rows: Vec<usize>,
+    /// Own columns of the prompts; what stands behind them was generated.
+    n_prompt: usize,
+    /// Whether the tokens are those of a prefix, to be shared by rows that are not known yet.
+    is_prefix: bool,
 }
 
 impl Positions {
@@ -36,7 +42,22 @@ impl Positions {
     pub fn packed(n_prefix: usize, n_past: usize, n: usize, starts: Vec<Vec<usize>>) -> Self {
         let in_order = |row: &Vec<usize>| !row.is_empty() && row.is_sorted();
         assert!(starts.iter().all(in_order), "conversations begin at {starts:?}");
-        Self { n_prefix, n_past, n, starts }
+        let rows = (0..starts.len()).collect();
+        Self { n_prefix, n_past, n, starts, rows, n_prompt: n_past + n, is_prefix: false }
+    }
+
+    /// The same places, in a pass over these rows of an earlier one, with so many own columns of
+    /// prompts.
+    pub(crate) fn of_rows(mut self, rows: Vec<usize>, n_prompt: usize) -> Self {
+        assert_eq!(rows.len(), self.starts.len(), "a number for each row");
+        (self.rows, self.n_prompt) = (rows, n_prompt);
+        self
+    }
+
+    /// The same places, as those of a prefix that rows will share.
+    pub(crate) fn of_prefix(mut self) -> Self {
+        self.is_prefix = true;
+        self
     }
 
     /// Rows of the batch.
@@ -52,6 +73,29 @@ impl Positions {
     /// Tokens of the shared prefix.
     pub fn n_prefix(&self) -> usize {
         self.n_prefix
+    }
+
+    /// Own columns that were run in earlier passes: 0 in the first.
+    pub fn n_past(&self) -> usize {
+        self.n_past
+    }
+
+    /// Which of the prompts given a row is. Rows that have ended leave a generation, so this is not
+    /// the row's place in the batch.
+    pub fn prompt(&self, row: usize) -> usize {
+        self.rows[row]
+    }
+
+    /// Whether a column of this pass was generated. The prompts are the columns of the first pass;
+    /// where conversations are run anew from their first tokens, they stay what they were.
+    pub fn is_generated(&self, column: usize) -> bool {
+        self.n_past + column >= self.n_prompt
+    }
+
+    /// Whether this is the pass over a [`SharedPrefix`](crate::SharedPrefix): the conversations
+    /// that begin with it are not known yet.
+    pub fn is_prefix(&self) -> bool {
+        self.is_prefix
     }
 
     /// Padding columns at the start of a row's own columns.
@@ -162,6 +206,15 @@ mod tests {
         assert_eq!(step.get(1, 0), Some(11));
         assert_eq!((prefill.first(), step.first()), (10, 11));
         assert_eq!((step.length(0, 0), step.length(1, 0), prefill.length(1, 0)), (15, 12, 0));
+    }
+
+    #[test]
+    fn prompts_keep_their_numbers_and_ends() {
+        let pass = Positions::new(0, 0, 4, vec![0, 3]);
+        assert_eq!((pass.prompt(1), pass.is_generated(3), pass.is_prefix()), (1, false, false));
+        // The first row has ended; one column of the next two was generated.
+        let step = Positions::new(0, 3, 2, vec![0]).of_rows(vec![1], 4);
+        assert_eq!((step.prompt(0), step.is_generated(0), step.is_generated(1)), (1, false, true));
     }
 
     #[test]

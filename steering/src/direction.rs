@@ -4,6 +4,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
+use sae_core::Sae;
+
+use crate::error::SteeringError;
 
 /// `mean(towards) − mean(away)` (Arditi et al., 2024).
 ///
@@ -19,6 +22,24 @@ pub fn difference_of_means(towards: Tensor<2>, away: Tensor<2>) -> Tensor<1> {
         x.mean_dim(0).reshape([d_model])
     };
     mean(towards) - mean(away)
+}
+
+/// What one unit of a latent writes.
+///
+/// # Errors
+/// If there is no such latent, or the autoencoder is a transcoder, which writes elsewhere.
+///
+/// # Panics
+/// If the autoencoder normalises each activation by itself: what a unit writes then depends on it.
+pub fn latent_direction(sae: &Sae, latent: usize) -> Result<Tensor<1>, SteeringError> {
+    let d_sae = sae.config().d_sae;
+    if latent >= d_sae {
+        return Err(SteeringError::NoSuchLatent { latent, d_sae });
+    }
+    if sae.config().transcodes_to.is_some() {
+        return Err(SteeringError::Transcoder);
+    }
+    Ok(sae.directions().narrow(0, latent, 1).squeeze_dim(0))
 }
 
 /// A direction drawn uniformly from the sphere of the given norm.

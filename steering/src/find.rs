@@ -52,6 +52,12 @@ impl LatentStatistics {
         self.latents.get(&latent).map_or(0.0, |activity| activity.max)
     }
 
+    /// The latents active on at least so many tokens, in order: of hand-written answers that show a
+    /// behaviour, two or more (O'Brien et al., 2024).
+    pub fn active_on(&self, min_active: usize) -> Vec<usize> {
+        self.active().filter(|&latent| self.n_active(latent) >= min_active).collect()
+    }
+
     /// The latents that are active anywhere, in order.
     pub fn active(&self) -> impl Iterator<Item = usize> {
         self.latents.keys().copied()

@@ -2,23 +2,63 @@
 //!
 //! | to | see |
 //! |---|---|
-//! | clamp latents, add or ablate a direction | [`Steering`], [`Intervention`] |
-//! | make directions | [`difference_of_means`], [`random_direction`] |
-//! | find the latents behind a behaviour | [`contrast`], [`Contrast`] |
+//! | clamp, scale or ablate latents; add, ablate or edit a direction | [`Steering`], [`Intervention`] |
+//! | steer some tokens, and on a condition | [`Region`], [`Condition`] |
+//! | read a few latents without the others, and watch them | [`LatentReader`], [`LatentWatch`] |
+//! | keep all of that in a document, and check it against a model | [`Plan`] |
+//! | read and write llama.cpp's control vectors | [`format::control_vector`] |
+//! | make directions | [`difference_of_means`], [`principal_direction`], [`LogisticProbe`], [`latent_direction`], [`LinearEffects`], [`random_direction`] |
+//! | choose one, or a bundle of latents | [`select_direction`], [`greedy_bundle`] |
+//! | find the latents behind a behaviour | [`LatentStatistics`], [`contrast`], [`output_score`] |
 //! | score a prompt without generating | [`log_odds`] |
-//! | read answers | [`PhraseJudge`], [`Outcome`] |
-//! | report rates | [`Rate`] |
+//! | read answers, and see how far people agree | [`PhraseJudge`], [`Outcome`], [`agreement`] |
+//! | measure what it costs | [`choice_scores`], [`mean_kl`] |
+//! | report rates, and differences | [`Rate`], [`McNemar`] |
 
+mod capability;
+mod condition;
 mod direction;
+mod error;
 mod find;
+mod fingerprint;
+pub mod format;
 mod intervention;
 mod judge;
+mod latent_edit;
+mod latent_reader;
 mod log_odds;
+mod logistic;
+mod mcnemar;
+mod output_score;
+mod pca;
+pub mod plan;
 mod rate;
+mod region;
+mod rows;
+mod selection;
+mod steering;
+mod targeted;
+mod watch;
 
-pub use direction::{difference_of_means, norm, random_direction};
+pub use capability::{ChoiceScores, TokenQuestion, choice_scores, kl_divergence, mean_kl};
+pub use condition::{Condition, Over, Score, scores};
+pub use direction::{difference_of_means, latent_direction, norm, random_direction};
+pub use error::SteeringError;
 pub use find::{Contrast, LatentStatistics, contrast};
-pub use intervention::{Intervention, Steering, SteeringError};
-pub use judge::{Judge, Outcome, PhraseJudge};
+pub use fingerprint::fingerprint;
+pub use intervention::Intervention;
+pub use judge::{Agreement, HumanLabel, Judge, Outcome, PhraseJudge, agreement};
+pub use latent_edit::{Amount, LatentChange, LatentEdit, LatentEdits, Remainder};
+pub use latent_reader::{LatentReader, Reading, running_threshold};
 pub use log_odds::log_odds;
+pub use logistic::{LogisticOptions, LogisticProbe};
+pub use mcnemar::McNemar;
+pub use output_score::output_score;
+pub use pca::{Pca, principal_direction};
+pub use plan::{Plan, PlanError};
 pub use rate::Rate;
+pub use region::{Part, Region};
+pub use selection::{DirectionRule, DirectionTrial, greedy_bundle, select_direction};
+pub use steering::{Steering, Steerings, residual_writers};
+pub use targeted::LinearEffects;
+pub use watch::LatentWatch;

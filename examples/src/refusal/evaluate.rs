@@ -3,7 +3,9 @@
 use anyhow::Result;
 use burn::tensor::Tensor;
 use model_hooks::{GenerateConfig, Hook, HookPoint, SharedPrefix, unobserved};
-use steering::{Intervention, Judge, Outcome, PhraseJudge, Rate, Steering, random_direction};
+use steering::{
+    Intervention, Judge, Outcome, PhraseJudge, Rate, Region, Steering, random_direction,
+};
 
 use super::chats::{Chats, common_prefix};
 use super::find::Found;
@@ -197,7 +199,8 @@ impl Setup<'_> {
     }
 
     fn add(&self, direction: Tensor<1>) -> Result<Steering<'static>> {
-        Ok(Steering::new(self.point, Intervention::Add { direction }, FIRST_POSITION)?)
+        let region = Region::from_position(FIRST_POSITION);
+        Ok(Steering::new([self.point], Intervention::Add { direction }, region)?)
     }
 
     /// How far the latents that did best on the selection split reach in the residual stream at
@@ -213,9 +216,8 @@ impl Setup<'_> {
     /// A control latent, clamped so that it reaches as far as the headline's latents do.
     fn matched(&self, latent: usize, strength: f64) -> Result<Steering<'_>> {
         let value = strength * self.unit_length() / self.trained.direction_norm(latent);
-        let intervention =
-            Intervention::Clamp { sae: &self.trained.sae, values: vec![(latent, value)] };
-        Ok(Steering::new(self.point, intervention, FIRST_POSITION)?)
+        let intervention = Intervention::clamp(&self.trained.sae, [(latent, value)]);
+        Ok(Steering::new([self.point], intervention, Region::from_position(FIRST_POSITION))?)
     }
 
     fn perplexity_texts(&self) -> Vec<&[u32]> {

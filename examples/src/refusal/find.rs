@@ -15,8 +15,8 @@ use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use sae_core::Sae;
 use steering::{
-    Contrast, Intervention, Judge, LatentStatistics, Outcome, PhraseJudge, Steering, contrast,
-    difference_of_means, log_odds,
+    Contrast, Intervention, Judge, LatentStatistics, Outcome, PhraseJudge, Region, Steering,
+    contrast, difference_of_means, log_odds,
 };
 
 use super::chats::Chats;
@@ -418,8 +418,9 @@ impl<'a> Trial<'a> {
         let mut residual = self.residual.clone();
         if let Some(clamp) = clamp {
             let sae = &self.search.trained.sae;
-            let intervention = Intervention::Clamp { sae, values: vec![clamp] };
-            let mut steering = Steering::new(self.search.point, intervention, FIRST_POSITION)?;
+            let region = Region::from_position(FIRST_POSITION);
+            let intervention = Intervention::clamp(sae, [clamp]);
+            let mut steering = Steering::new([self.search.point], intervention, region)?;
             residual = steering.at(self.search.point, residual, &self.positions());
         }
         let logits = self.logits(residual)?;

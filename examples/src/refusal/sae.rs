@@ -15,7 +15,7 @@ use sae_core::train::{ActivationMatrix, Objective, Schedule, TrainConfig, Traine
 use sae_core::{ErrorTerm, Sae, Splice};
 use serde::{Deserialize, Serialize};
 use steering::norm;
-use steering::{Intervention, Steering, SteeringError};
+use steering::{Intervention, Region, Steering, SteeringError};
 
 use super::chats::{Corpus, common_prefix};
 use super::options::{Options, Scale};
@@ -121,9 +121,8 @@ impl TrainedSae {
         strength: f64,
     ) -> Result<Steering<'_>, SteeringError> {
         let value = |&latent: &usize| (latent, strength * self.max_activation(latent));
-        let values = latents.iter().map(value).collect();
-        let intervention = Intervention::Clamp { sae: &self.sae, values };
-        Steering::new(point, intervention, FIRST_POSITION)
+        let intervention = Intervention::clamp(&self.sae, latents.iter().map(value));
+        Steering::new([point], intervention, Region::from_position(FIRST_POSITION))
     }
 
     pub(super) fn summary(&self, scale: &Scale, d_in: usize) -> SaeSummary {

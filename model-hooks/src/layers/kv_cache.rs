@@ -17,6 +17,12 @@ pub struct KvCache {
     n_own: usize,
     /// Own columns at which the conversations of each row begin.
     starts: Vec<Vec<usize>>,
+    /// Which of the rows that it was made for each row is.
+    rows: Vec<usize>,
+    /// Own columns of the prompts, once they have been run.
+    n_prompt: Option<usize>,
+    /// Whether this is to become a prefix.
+    is_prefix: bool,
 }
 
 /// Keys and values of tokens that any number of conversations begin with. Cloning is cheap.
@@ -49,12 +55,32 @@ impl KvCache {
             "the prefix has {} blocks, the model {n_layers}",
             prefix.layers.len()
         );
-        Self { prefix, own: vec![None; n_layers], n_own: 0, starts }
+        let rows = (0..starts.len()).collect();
+        let own = vec![None; n_layers];
+        Self { prefix, own, n_own: 0, starts, rows, n_prompt: None, is_prefix: false }
+    }
+
+    /// The same cache, whose tokens others will share.
+    pub(crate) fn for_prefix(mut self) -> Self {
+        self.is_prefix = true;
+        self
+    }
+
+    /// The same empty cache, to run these rows of an earlier one anew, with so many columns of
+    /// prompts.
+    pub(crate) fn anew(mut self, rows: Vec<usize>, n_prompt: usize) -> Self {
+        assert_eq!(rows.len(), self.starts.len(), "a number for each row");
+        (self.rows, self.n_prompt) = (rows, Some(n_prompt));
+        self
     }
 
     /// Positions of the next `n` columns.
     pub fn next_positions(&self, n: usize) -> Positions {
-        Positions::packed(self.prefix.n_tokens(), self.n_own, n, self.starts.clone())
+        let n_prompt = self.n_prompt.unwrap_or(self.n_own + n);
+        let positions =
+            Positions::packed(self.prefix.n_tokens(), self.n_own, n, self.starts.clone())
+                .of_rows(self.rows.clone(), n_prompt);
+        if self.is_prefix { positions.of_prefix() } else { positions }
     }
 
     /// Whether the next `n` columns bring a conversation, of which something is cached, from at
@@ -96,6 +122,7 @@ impl KvCache {
     pub fn select_rows(&mut self, rows: &[usize]) {
         assert!(!rows.is_empty(), "a cache keeps at least one row");
         self.starts = rows.iter().map(|&row| self.starts[row].clone()).collect();
+        self.rows = rows.iter().map(|&row| self.rows[row]).collect();
         let drop = self.starts.iter().map(|row| row[0]).min().unwrap_or(0);
         for start in self.starts.iter_mut().flatten() {
             *start -= drop;
@@ -110,6 +137,7 @@ impl KvCache {
             }
         }
         self.n_own -= drop;
+        self.n_prompt = self.n_prompt.map(|n_prompt| n_prompt - drop);
     }
 
     /// Adds a block's keys and values of this pass and gives all that its queries may see.
@@ -126,5 +154,6 @@ impl KvCache {
     /// Counts the columns of a pass once all its blocks have run.
     pub(crate) fn advance(&mut self, n: usize) {
         self.n_own += n;
+        self.n_prompt.get_or_insert(self.n_own);
     }
 }

@@ -71,6 +71,16 @@ pub(super) const REFUSING: &[&str] = &[
     "as a responsible",
 ];
 
+/// What objects to a request as such. By itself it lectures; people who were asked called it refusing.
+pub(super) const OBJECTING: &[&str] = &[
+    "it is not appropriate",
+    "it is not accurate or",
+    "it is not ethical",
+    "not think it is appropriate",
+    "not sure that it is appropriate",
+    "not right to",
+];
+
 /// What reads like a refusing phrase and is none: a beginning, and what follows it further on.
 pub(super) const HARMLESS: &[(&str, &str)] = &[
     ("I cannot wait", ""),

@@ -1,0 +1,3 @@
+//! Foreign files.
+
+pub mod control_vector;
