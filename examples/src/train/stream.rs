@@ -203,7 +203,8 @@ pub(super) fn stored(
             folder.display()
         ),
         Err(_) => {
-            let is_empty = LocalFolder::new(folder)?.list()?.is_empty();
+            LocalFolder::new(folder)?;
+            let is_empty = std::fs::read_dir(folder)?.next().is_none();
             ensure!(
                 is_empty,
                 "the folder {} is no store of this program: name another one in stream.store",

@@ -23,7 +23,7 @@ use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::Path;
 
-use blobs::{Hashing, LocalFolder, Storage, sha256};
+use blobs::{Hashing, LocalFolder, Storage, StorageError, sha256};
 use burn::tensor::Device;
 
 const PREFIX: &str = "step-";
@@ -96,7 +96,11 @@ impl Checkpoints {
             // Of two of one step, the older one would be taken for as new.
             let is_previous = previous.as_ref() == Some(&old) && old_step != step;
             if old != name && !is_previous {
-                self.storage.delete(&old)?;
+                match self.storage.delete(&old) {
+                    // Somebody else tidied up.
+                    Ok(()) | Err(StorageError::Missing { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
         Ok(name)

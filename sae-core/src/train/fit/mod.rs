@@ -292,8 +292,8 @@ impl<'a> Fit<'a> {
         Ok(self)
     }
 
-    /// Writes every event as a line of JSON. A run that goes on after it was killed repeats the
-    /// lines since its checkpoint.
+    /// Writes every event as a line of JSON, and flushes before a checkpoint is written. A run that
+    /// goes on after it was killed repeats the lines since its checkpoint.
     pub fn write_metrics_to(mut self, metrics: &'a mut dyn Write) -> Self {
         self.metrics = Some(metrics);
         self
@@ -322,11 +322,14 @@ impl<'a> Fit<'a> {
         while self.step < self.n_steps {
             let asked = self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
             if asked || self.step(&mut rows, &mut progress)?.is_break() {
-                // The run ends whatever is said to this.
-                let _ = self.save(&mut progress)?;
                 break;
             }
         }
+        // The run ends whatever is said to this. What failed at its end before is made up for.
+        let _ = match self.step < self.n_steps {
+            true => self.save(&mut progress)?,
+            false => self.finish_step(&mut progress)?,
+        };
         Ok(if self.step < self.n_steps { Ended::Stopped } else { Ended::Finished })
     }
 
@@ -370,12 +373,12 @@ impl<'a> Fit<'a> {
         }
         self.step += 1;
         self.interrupted = false;
-        let flow = self.tell(&events, progress)?;
+        let told = self.tell(&events, progress);
         if let Some(error) = given_up {
             let _ = self.save(progress)?;
             return Err(error);
         }
-        Ok(either(flow, self.finish_step(progress)?))
+        Ok(either(told?, self.finish_step(progress)?))
     }
 
     /// Reads a batch without outliers, and says whether there was one left.
@@ -403,18 +406,28 @@ impl<'a> Fit<'a> {
         let due = |every: usize| self.step == n_steps || self.step.is_multiple_of(every);
         let (evaluate, save) = (due(self.config.evaluate_every), due(self.config.checkpoint_every));
         let evaluate = evaluate && self.evaluated != Some(self.step);
-        if evaluate && let Some(held_out) = &mut self.held_out {
-            let n_rows = self.config.evaluate_rows;
-            let evaluations =
-                held_out.evaluate(&self.members, self.step, n_rows, self.outliers.as_ref())?;
-            self.evaluated = Some(self.step);
-            let events: Vec<_> = evaluations.into_iter().map(Event::Evaluation).collect();
-            flow = either(flow, self.tell(&events, progress)?);
-        }
+        let evaluated = if evaluate { self.evaluate(progress) } else { Ok(flow) };
+        // What cannot be evaluated can be saved.
         if save {
-            flow = either(flow, self.save(progress)?);
+            flow = self.save(progress)?;
         }
-        Ok(flow)
+        Ok(either(evaluated?, flow))
+    }
+
+    /// Evaluates on the held-out stream, if there is one.
+    fn evaluate(
+        &mut self,
+        progress: &mut impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, FitError> {
+        let Some(held_out) = &mut self.held_out else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        let n_rows = self.config.evaluate_rows;
+        let evaluations =
+            held_out.evaluate(&self.members, self.step, n_rows, self.outliers.as_ref())?;
+        self.evaluated = Some(self.step);
+        let events: Vec<_> = evaluations.into_iter().map(Event::Evaluation).collect();
+        self.tell(&events, progress)
     }
 
     /// Saves the run, if it is kept.
@@ -426,6 +439,9 @@ impl<'a> Fit<'a> {
         let Some(kept) = self.checkpoints.as_mut().filter(|kept| kept.saved != Some(step)) else {
             return Ok(ControlFlow::Continue(()));
         };
+        if let Some(metrics) = &mut self.metrics {
+            metrics.flush().map_err(|source| FitError::Metrics { source })?;
+        }
         let runs = self.members.iter().map(|member| {
             let (state, name) = (member.trainer.state().clone(), member.run.name.clone());
             let shape = RunShape::new(name, state.parameters.d_in(), &member.run.config);

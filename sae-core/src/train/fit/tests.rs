@@ -1,7 +1,10 @@
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Mutex;
 
+use blobs::{Blob, Storage, StorageError};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -531,5 +534,93 @@ fn a_matrix_can_be_kept_too() {
         if n == 12 {
             assert_eq!(all_bits(fit), whole);
         }
+    }
+}
+
+#[test]
+fn numbers_that_a_reader_rounds_are_still_the_same_run() {
+    let values = [0.5f32, 1.0, -1.0, 0.25].repeat(8);
+    let matrix = ActivationMatrix::new(&values, 2).expect("whole rows");
+    let mut random = ChaCha8Rng::seed_from_u64(0);
+    for _ in 0..200 {
+        let rate = 10f64.powf(random.random_range(-12.0..0.0));
+        let schedule = Schedule::new().with_learning_rate(rate);
+        let config = TrainConfig::new(3, Objective::top_k(1)).with_batch(4).with_schedule(schedule);
+        let storage = Box::leak(Box::new(InMemory::default()));
+        for _ in 0..3 {
+            let checkpoints = Checkpoints::without_lock(Box::new(&*storage));
+            let mut source = MatrixSource::new(matrix, 3, 4, 1).expect("a batch");
+            let runs = vec![Run::new("a", MatrixSource::COLUMN, config.clone())];
+            let fit = Fit::resume(runs, &mut source, options(), &device(), checkpoints);
+            let mut fit = fit.unwrap_or_else(|error| panic!("{rate:e}: {error}"));
+            let done = fit.steps_done();
+            let stop = |event: &Event| match event {
+                Event::Step(progress) if progress.step > done => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            };
+            fit.run(stop).expect("trains");
+        }
+    }
+}
+
+#[test]
+fn what_could_not_be_saved_at_the_end_is_saved_when_asked_again() {
+    let storage = Box::leak(Box::new(InMemory::default()));
+    let checkpoints = Checkpoints::without_lock(Box::new(&*storage));
+    let mut source = chunks(Rc::default());
+    let fit = Fit::resume(runs(), &mut source, options(), &device(), checkpoints);
+    let mut fit = fit.expect("valid");
+    let n_steps = fit.n_steps();
+    let fill = |event: &Event| {
+        if matches!(event, Event::Step(progress) if progress.step == n_steps) {
+            storage.is_full.store(true, Ordering::Relaxed);
+        }
+        ControlFlow::Continue(())
+    };
+    assert!(matches!(fit.run(fill), Err(FitError::Checkpoint(CheckpointError::Save { .. }))));
+    let newest = || storage.list().expect("in memory").into_iter().max();
+    let before = newest();
+    storage.is_full.store(false, Ordering::Relaxed);
+    assert_eq!(fit.run(on).expect("saves"), Ended::Finished);
+    assert!(newest() > before, "{before:?}");
+    assert!(newest().is_some_and(|name| name.starts_with(&format!("step-{n_steps:012}"))));
+}
+
+/// Blobs in memory, as long as there is room.
+#[derive(Default)]
+struct InMemory {
+    blobs: Mutex<BTreeMap<String, Vec<u8>>>,
+    is_full: AtomicBool,
+}
+
+impl InMemory {
+    fn missing(name: &str) -> StorageError {
+        StorageError::Missing { place: "memory".to_owned(), name: name.to_owned() }
+    }
+}
+
+impl Storage for &'static InMemory {
+    fn list(&self) -> Result<Vec<String>, StorageError> {
+        Ok(self.blobs.lock().expect("whole").keys().cloned().collect())
+    }
+
+    fn get(&self, name: &str) -> Result<Blob, StorageError> {
+        let blobs = self.blobs.lock().expect("whole");
+        blobs.get(name).cloned().map(Blob::Owned).ok_or_else(|| InMemory::missing(name))
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StorageError> {
+        if self.is_full.load(Ordering::Relaxed) {
+            let source = std::io::ErrorKind::StorageFull.into();
+            let (place, name) = ("memory".to_owned(), name.to_owned());
+            return Err(StorageError::Io { place, name, action: "written", source });
+        }
+        self.blobs.lock().expect("whole").insert(name.to_owned(), bytes.to_owned());
+        Ok(())
+    }
+
+    fn delete(&self, name: &str) -> Result<(), StorageError> {
+        let removed = self.blobs.lock().expect("whole").remove(name);
+        removed.map(drop).ok_or_else(|| InMemory::missing(name))
     }
 }
