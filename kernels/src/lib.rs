@@ -24,7 +24,7 @@ mod ops;
 mod plain_attention;
 mod plain_encode;
 
-pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select};
+pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select};
 
 use burn::backend::Dispatch;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -70,6 +70,21 @@ pub fn sparse_encode(
     by: Tensor<1>,
     select: Select,
 ) -> (Tensor<2>, Tensor<2, Int>) {
+    sparse_encode_by(Search::Full, x, w, bias, by, select)
+}
+
+/// [`sparse_encode`] with a way to find the entries.
+///
+/// # Panics
+/// As [`sparse_encode`].
+pub fn sparse_encode_by(
+    search: Search,
+    x: Tensor<2>,
+    w: Tensor<2>,
+    bias: Tensor<1>,
+    by: Tensor<1>,
+    select: Select,
+) -> (Tensor<2>, Tensor<2, Int>) {
     let ([n, d], [w_rows, m]) = (x.dims(), w.dims());
     assert_eq!(d, w_rows, "sparse_encode: x has {d} columns, w {w_rows} rows");
     assert_eq!(bias.dims(), [m], "sparse_encode: bias does not fit w");
@@ -90,6 +105,7 @@ pub fn sparse_encode(
         bias.into_dispatch(),
         by.into_dispatch(),
         select,
+        search,
     );
     (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
 }

@@ -6,6 +6,12 @@ mod attention_backward;
 mod dense;
 mod encode;
 mod nonlinear;
+#[cfg(target_arch = "x86_64")]
+mod proposal;
+#[cfg(target_arch = "x86_64")]
+mod quantized;
+#[cfg(target_arch = "x86_64")]
+mod rescore;
 mod rowwise;
 mod simd;
 mod sparse;
@@ -16,7 +22,9 @@ use burn::backend::ops::IntTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, IntDType, TensorData, bf16};
 
-use crate::ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select};
+use crate::ops::{
+    AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select,
+};
 
 type Float = FloatTensor<Flex>;
 type Int = IntTensor<Flex>;
@@ -26,8 +34,15 @@ impl KernelOps for Flex {
         top_k::top_k(x, k)
     }
 
-    fn sparse_encode(x: Float, w: Float, bias: Float, by: Float, select: Select) -> (Float, Int) {
-        encode::sparse_encode(x, w, bias, by, select)
+    fn sparse_encode(
+        x: Float,
+        w: Float,
+        bias: Float,
+        by: Float,
+        select: Select,
+        search: Search,
+    ) -> (Float, Int) {
+        encode::sparse_encode(x, w, bias, by, select, search)
     }
 
     fn sparse_decode(indices: Int, values: Float, rows: Float) -> Float {
