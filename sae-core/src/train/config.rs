@@ -178,6 +178,8 @@ impl TrainConfig {
 
 #[cfg(test)]
 mod tests {
+    use kernels::Search;
+
     use super::super::objective::*;
     use super::super::schedule::Anneal;
     use super::*;
@@ -233,6 +235,15 @@ mod tests {
         let config = TrainConfig::new(8, jump_relu).with_schedule(anneal(8.0));
         assert_eq!(refused(config), "schedule.anneal");
         assert!(top_k(2).with_schedule(anneal(9.0)).validate(4).is_err());
+        let proposed = |selection| {
+            let threshold = Some(RunningThreshold::SaeLens { rate: 0.1 });
+            let search = Search::Proposed;
+            let selecting = Selecting { threshold, search, ..Selecting::new(selection) };
+            TrainConfig::new(8, Objective::new(Kind::Selecting(selecting)))
+        };
+        assert_eq!(proposed(Selection::AbsTopK { k: 2 }).validate(4), Ok(()));
+        assert_eq!(refused(proposed(Selection::BatchTopK { k: 2.0 })), "search");
+        assert_eq!(refused(proposed(Selection::GroupMax { k: 2 })), "search");
     }
 
     #[test]
@@ -279,5 +290,12 @@ mod tests {
             let parsed = serde_json::from_str(&config.to_string()).expect("our own JSON");
             assert_eq!(config, parsed);
         }
+        let json = serde_json::to_string(&top_k(2)).expect("plain data");
+        let older = json.replace(",\"search\":\"full\"", "");
+        assert_ne!(older, json);
+        assert_eq!(
+            serde_json::from_str::<TrainConfig>(&older).expect("without a search"),
+            top_k(2)
+        );
     }
 }

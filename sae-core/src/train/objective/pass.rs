@@ -1,7 +1,10 @@
 //! What all kinds with an encoder share: entries, reconstructions, and the sums of gradients.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
-use kernels::{Select, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows, sparse_sum};
+use kernels::{
+    Search, Select, sparse_decode, sparse_dot, sparse_encode, sparse_encode_by, sparse_grad_rows,
+    sparse_sum,
+};
 
 use super::{Batch, ErrorMeasure, Objective, Term};
 use crate::sae::{row_norms, row_squares};
@@ -145,12 +148,23 @@ impl<'a> Pass<'a> {
 
     /// Some pre-activations. The bias is moved by `shift`, and so are they.
     pub(super) fn encode(&self, by: Tensor<1>, select: Select, shift: f64) -> Entries {
+        self.encode_by(Search::Full, by, select, shift)
+    }
+
+    /// The same, with a way to find them.
+    pub(super) fn encode_by(
+        &self,
+        search: Search,
+        by: Tensor<1>,
+        select: Select,
+        shift: f64,
+    ) -> Entries {
         let w_enc = self.parameters.matrix(ParameterName::WEnc).transpose();
         let b_enc = match self.parameters.vector(ParameterName::BEnc) {
             b_enc if shift == 0.0 => b_enc,
             b_enc => b_enc + shift,
         };
-        let (values, indices) = sparse_encode(self.x.clone(), w_enc, b_enc, by, select);
+        let (values, indices) = sparse_encode_by(search, self.x.clone(), w_enc, b_enc, by, select);
         Entries { indices, values }
     }
 

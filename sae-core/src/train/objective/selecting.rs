@@ -1,7 +1,7 @@
 //! The largest pre-activations: TopK and its kin.
 
 use burn::tensor::Tensor;
-use kernels::Select;
+use kernels::{Search, Select};
 use serde::{Deserialize, Serialize};
 
 use super::aux_k::{AuxK, Ranking};
@@ -33,6 +33,10 @@ pub struct Selecting {
     pub aux_k: Option<AuxK>,
     /// How the threshold is found that stands in for a selection over the batch afterwards.
     pub threshold: Option<RunningThreshold>,
+    /// How the latents are found, where each row has its own `k`. It decides on the time of a step
+    /// alone: the latents are the same, bit for bit.
+    #[serde(default)]
+    pub search: Search,
 }
 
 /// Which pre-activations are kept.
@@ -105,9 +109,15 @@ pub enum RunningThreshold {
 }
 
 impl Selecting {
-    /// Ranked by what latents write, without AuxK and threshold.
+    /// Ranked by what latents write, without AuxK and threshold, searched in full.
     pub fn new(selection: Selection) -> Self {
-        Self { selection, rescale_by_decoder_norm: true, aux_k: None, threshold: None }
+        Self {
+            selection,
+            rescale_by_decoder_norm: true,
+            aux_k: None,
+            threshold: None,
+            search: Search::Full,
+        }
     }
 
     pub(super) fn run(&self, pass: &mut Pass, dead: &[u32]) -> (Entries, Tensor<1>) {
@@ -118,7 +128,8 @@ impl Selecting {
         };
         let by_magnitude = matches!(self.selection, Selection::AbsTopK { .. });
         let ranking = Ranking { scale: scale.clone(), by_magnitude };
-        let kept = pass.encode(scale, self.selection.select(pass.n, pass.d_sae), 0.0);
+        let select = self.selection.select(pass.n, pass.d_sae);
+        let kept = pass.encode_by(self.search, scale, select, 0.0);
         let cut = |gradient, latents: &Entries| match by_magnitude {
             true => latents.with(gradient),
             false => latents.with(where_positive(gradient, latents.values.clone())),
@@ -193,6 +204,10 @@ impl Selecting {
         if let Some(aux_k) = self.aux_k {
             aux_k.validate()?;
         }
+        if self.search != Search::Full && !self.selection.is_by_row() {
+            let (option, with) = ("search", "a selection over groups or the batch");
+            return Err(TrainError::Conflict { option, with });
+        }
         match &self.selection {
             Selection::GroupMax { k } if !d_sae.is_multiple_of(*k) => {
                 return Err(ConfigError::K { k: *k, d_sae }.into());
@@ -241,6 +256,14 @@ impl Selection {
             | Self::AbsTopK { k }
             | Self::GroupMax { k } => *k = to.round() as usize,
             Self::BatchTopK { k } | Self::Matryoshka { k, .. } => *k = to,
+        }
+    }
+
+    /// Whether each row has its `k` largest.
+    fn is_by_row(&self) -> bool {
+        match self {
+            Self::TopK { .. } | Self::MultiTopK { .. } | Self::AbsTopK { .. } => true,
+            Self::GroupMax { .. } | Self::BatchTopK { .. } | Self::Matryoshka { .. } => false,
         }
     }
 
