@@ -3,12 +3,12 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Distribution, Tensor};
 use kernels::top_k;
 use sae_core::train::{
     ActivationMatrix, AuxK, AuxKRule, Gated, GatedAuxiliary, JumpRelu, Kind, Objective,
-    ParameterName, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome, TrainConfig,
+    ParameterName, Search, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome, TrainConfig,
     TrainState,
 };
 use serde::Serialize;
@@ -40,6 +40,10 @@ pub(crate) struct Options {
     /// Steps measured, after three to warm up.
     #[arg(long, default_value_t = 15)]
     steps: usize,
+    /// Measures steps that search by a proposal in integers as well, turn about with the others, and
+    /// checks that they do the same.
+    #[arg(long)]
+    proposal: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum, Serialize)]
@@ -55,6 +59,8 @@ enum KindName {
 #[derive(Serialize)]
 struct Line {
     kind: KindName,
+    /// How latents are found.
+    search: Search,
     d_in: usize,
     d_sae: usize,
     batch: usize,
@@ -69,13 +75,18 @@ struct Line {
     encoder_gemm_s: f64,
     /// `step_s / encoder_gemm_s`, the median of the ratios of neighbours in time.
     of_encoder: f64,
+    /// The time of a step that searches in full over `step_s`, likewise.
+    speed_up: f64,
     gemm_gflops: f64,
     read_gb_s: f64,
     peak_rss_mb: f64,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let &Options { d_in, d_sae, batch, kind, k, dead, steps } = options;
+    let &Options { d_in, d_sae, batch, kind, k, dead, steps, proposal } = options;
+    if proposal && kind != KindName::Topk {
+        bail!("--proposal is for --kind topk");
+    }
     let device = Device::flex();
     let read_gb_s = read_bandwidth() / 1e9;
     examples::allocator::keep_pages();
@@ -91,51 +102,79 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         start.elapsed().as_secs_f64()
     };
-    let config = TrainConfig::new(d_sae, objective(kind, k, dead > 0.0))
-        .with_batch(batch)
-        .with_clip_norm(Some(1.0))
-        .with_dead_after(1);
     let values: Vec<f32> = x.to_data().try_to_vec().expect("f32");
     let matrix = ActivationMatrix::new(&values, d_in)?;
-    let mut state = TrainState::initial(&config, &matrix, None, &device)?;
-    quieten(&mut state, &x, k, (dead * d_sae as f64) as usize);
-    reset_peak();
-    let (mut times, mut products, mut ratios, mut l0) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
+    let searches = [Search::Full, Search::Proposed];
+    let searches = &searches[..1 + usize::from(proposal)];
+    let mut runs = Vec::new();
+    for &search in searches {
+        let config = TrainConfig::new(d_sae, objective(kind, k, dead > 0.0, search))
+            .with_batch(batch)
+            .with_clip_norm(Some(1.0))
+            .with_dead_after(1);
+        let mut state = TrainState::initial(&config, &matrix, None, &device)?;
+        quieten(&mut state, &x, k, (dead * d_sae as f64) as usize);
+        runs.push(Run { config, state, times: Vec::new(), l0: 0.0, peak_rss_mb: 0.0 });
+    }
+    let mut products = Vec::new();
     for step in 0..steps + 3 {
-        // Turn about, so that a change of the machine's pace hits both alike.
+        // Turn about, so that a change of the machine's pace hits all alike.
         let encoder = product(512).min(product(batch));
-        let start = Instant::now();
-        let outcome = state.step(x.clone(), &config, steps + 3);
-        let time = start.elapsed().as_secs_f64();
-        let StepOutcome::Taken(report) = outcome else { bail!("the loss is not finite") };
-        l0 = report.l0;
+        let mut losses = Vec::new();
+        for run in &mut runs {
+            reset_peak();
+            let start = Instant::now();
+            let outcome = run.state.step(x.clone(), &run.config, steps + 3);
+            let time = start.elapsed().as_secs_f64();
+            let StepOutcome::Taken(report) = outcome else { bail!("the loss is not finite") };
+            (run.l0, run.peak_rss_mb) = (report.l0, peak_mb().max(run.peak_rss_mb));
+            losses.push(report.loss.to_bits());
+            if step >= 3 {
+                run.times.push(time);
+            }
+        }
+        ensure!(losses.iter().all(|loss| *loss == losses[0]), "the searches differ at step {step}");
         if step >= 3 {
-            times.push(time);
             products.push(encoder);
-            ratios.push(time / encoder);
         }
     }
-    let (step_s, encoder_gemm_s) = (median_of(times), median_of(products));
-    let line = Line {
-        kind,
-        d_in,
-        d_sae,
-        batch,
-        l0,
-        dead,
-        tokens_per_s: batch as f64 / step_s,
-        step_s,
-        encoder_gemm_s,
-        of_encoder: median_of(ratios),
-        gemm_gflops: (2 * batch * d_in * d_sae) as f64 / encoder_gemm_s / 1e9,
-        read_gb_s,
-        peak_rss_mb: peak_mb(),
-    };
-    println!("{}", serde_json::to_string(&line)?);
+    let encoder_gemm_s = median_of(products.clone());
+    for (&search, run) in searches.iter().zip(&runs) {
+        let step_s = median_of(run.times.clone());
+        let line = Line {
+            kind,
+            search,
+            d_in,
+            d_sae,
+            batch,
+            l0: run.l0,
+            dead,
+            tokens_per_s: batch as f64 / step_s,
+            step_s,
+            encoder_gemm_s,
+            of_encoder: median_ratio(&run.times, &products),
+            speed_up: median_ratio(&runs[0].times, &run.times),
+            gemm_gflops: (2 * batch * d_in * d_sae) as f64 / encoder_gemm_s / 1e9,
+            read_gb_s,
+            peak_rss_mb: run.peak_rss_mb,
+        };
+        println!("{}", serde_json::to_string(&line)?);
+    }
     Ok(())
 }
 
-fn objective(kind: KindName, k: usize, aux: bool) -> Objective {
+/// One of the runs that are measured side by side.
+struct Run {
+    config: TrainConfig,
+    state: TrainState,
+    times: Vec<f64>,
+    /// Of the last step.
+    l0: f64,
+    /// With the other run's weights and moments, if there is one.
+    peak_rss_mb: f64,
+}
+
+fn objective(kind: KindName, k: usize, aux: bool, search: Search) -> Objective {
     let sparsity = Sparsity {
         coefficient: 1e-3,
         norm: SparsityNorm::Lp { p: 1.0 },
@@ -143,7 +182,7 @@ fn objective(kind: KindName, k: usize, aux: bool) -> Objective {
     };
     let aux_k = aux.then_some(AuxK { coefficient: 1.0, k: None, rule: AuxKRule::SaeLens });
     let selecting = |objective: Objective| match objective.kind {
-        Kind::Selecting(selecting) => Kind::Selecting(Selecting { aux_k, ..selecting }),
+        Kind::Selecting(selecting) => Kind::Selecting(Selecting { aux_k, search, ..selecting }),
         kind => kind,
     };
     Objective::new(match kind {
@@ -171,6 +210,11 @@ fn quieten(state: &mut TrainState, x: &Tensor<2>, k: usize, n_dead: usize) {
     let bias = Tensor::zeros([1, d_sae], &x.device()) - bar;
     let dead = Tensor::zeros([1, n_dead], &x.device()) - 1e3;
     parameters.insert(ParameterName::BEnc, bias.slice_assign([0..1, 0..n_dead], dead));
+}
+
+/// The median of the ratios of neighbours in time.
+fn median_ratio(times: &[f64], others: &[f64]) -> f64 {
+    median_of(times.iter().zip(others).map(|(time, other)| time / other).collect())
 }
 
 fn median_of(mut values: Vec<f64>) -> f64 {
