@@ -3,18 +3,23 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Distribution, Tensor};
 use kernels::top_k;
 use sae_core::train::{
     ActivationMatrix, AuxK, AuxKRule, Betas, Gated, GatedAuxiliary, JumpRelu, Kind, Objective,
-    Optimizer, ParameterName, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome,
+    Optimizer, ParameterName, Search, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome,
     TrainConfig, TrainState,
 };
 use serde::Serialize;
 
 use crate::limits::read_bandwidth;
 use crate::peak::{peak_mb, reset_peak};
+
+/// Steps before the first that counts.
+const WARM_UP: usize = 3;
+/// Activations that the biases to start with are found by.
+const SAMPLE: usize = 64;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -46,6 +51,10 @@ pub(crate) struct Options {
     /// Steps measured, after three to warm up.
     #[arg(long, default_value_t = 15)]
     steps: usize,
+    /// Measures steps that search by a proposal in integers as well, turn about with the others, and
+    /// checks that they do the same.
+    #[arg(long)]
+    proposal: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum, Serialize)]
@@ -61,6 +70,8 @@ enum KindName {
 #[derive(Serialize)]
 struct Line {
     kind: KindName,
+    /// How latents are found.
+    search: Search,
     d_in: usize,
     d_sae: usize,
     batch: usize,
@@ -76,13 +87,20 @@ struct Line {
     encoder_gemm_s: f64,
     /// `step_s / encoder_gemm_s`, the median of the ratios of neighbours in time.
     of_encoder: f64,
+    /// The time of a step that searches in full over `step_s`, likewise.
+    speed_up: f64,
     gemm_gflops: f64,
     read_gb_s: f64,
+    /// Of the process in steps alone, of all runs that are measured.
     peak_rss_mb: f64,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let &Options { d_in, d_sae, batch, kind, k, dead, without_aux, row_lazy, steps } = options;
+    let &Options { d_in, d_sae, batch, kind, k, dead, steps, proposal, .. } = options;
+    if proposal && kind != KindName::Topk {
+        bail!("--proposal is for --kind topk");
+    }
+    ensure!(batch >= SAMPLE, "--batch {batch}: at least {SAMPLE}");
     let device = Device::flex();
     let read_gb_s = read_bandwidth() / 1e9;
     examples::allocator::keep_pages();
@@ -98,57 +116,90 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         start.elapsed().as_secs_f64()
     };
-    let optimizer = match row_lazy {
+    let values: Vec<f32> = x.to_data().try_to_vec().expect("f32");
+    let matrix = ActivationMatrix::new(&values, d_in)?;
+    let searches = [Search::Full, Search::Proposed];
+    let searches = &searches[..1 + usize::from(proposal)];
+    let optimizer = match options.row_lazy {
         true => Optimizer::RowLazyAdam(Betas::new()),
         false => Optimizer::Adam(Betas::new()),
     };
-    let config = TrainConfig::new(d_sae, objective(kind, k, dead > 0.0 && !without_aux))
-        .with_batch(batch)
-        .with_optimizer(optimizer)
-        .with_clip_norm(Some(1.0))
-        .with_dead_after(1);
-    let values: Vec<f32> = x.to_data().try_to_vec().expect("f32");
-    let matrix = ActivationMatrix::new(&values, d_in)?;
-    let mut state = TrainState::initial(&config, &matrix, None, &device)?;
-    quieten(&mut state, &x, k, (dead * d_sae as f64) as usize);
-    reset_peak();
-    let (mut times, mut products, mut ratios, mut l0) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
-    for step in 0..steps + 3 {
-        // Turn about, so that a change of the machine's pace hits both alike.
-        let encoder = product(512).min(product(batch));
-        let start = Instant::now();
-        let outcome = state.step(x.clone(), &config, steps + 3);
-        let time = start.elapsed().as_secs_f64();
-        let StepOutcome::Taken(report) = outcome else { bail!("the loss is not finite") };
-        l0 = report.l0;
-        if step >= 3 {
-            times.push(time);
-            products.push(encoder);
-            ratios.push(time / encoder);
-        }
+    let aux = dead > 0.0 && !options.without_aux;
+    let mut runs = Vec::new();
+    for &search in searches {
+        let config = TrainConfig::new(d_sae, objective(kind, k, aux, search))
+            .with_batch(batch)
+            .with_optimizer(optimizer)
+            .with_clip_norm(Some(1.0))
+            .with_dead_after(1);
+        let mut state = TrainState::initial(&config, &matrix, None, &device)?;
+        quieten(&mut state, &x, k, (dead * d_sae as f64) as usize);
+        runs.push(Run { config, state, times: Vec::new(), l0: 0.0 });
     }
-    let (step_s, encoder_gemm_s) = (median_of(times), median_of(products));
-    let line = Line {
-        kind,
-        d_in,
-        d_sae,
-        batch,
-        l0,
-        dead,
-        row_lazy,
-        tokens_per_s: batch as f64 / step_s,
-        step_s,
-        encoder_gemm_s,
-        of_encoder: median_of(ratios),
-        gemm_gflops: (2 * batch * d_in * d_sae) as f64 / encoder_gemm_s / 1e9,
-        read_gb_s,
-        peak_rss_mb: peak_mb(),
-    };
-    println!("{}", serde_json::to_string(&line)?);
+    // Before the product has made a matrix of all pre-activations, of which pages are kept.
+    reset_peak();
+    for _ in 0..WARM_UP {
+        step_each(&mut runs, &x, steps)?;
+    }
+    let peak_rss_mb = peak_mb();
+    runs.iter_mut().for_each(|run| run.times.clear());
+    let mut products = Vec::new();
+    for _ in 0..steps {
+        // Turn about, so that a change of the machine's pace hits all alike.
+        products.push(product(512).min(product(batch)));
+        step_each(&mut runs, &x, steps)?;
+    }
+    let encoder_gemm_s = median_of(products.clone());
+    for (&search, run) in searches.iter().zip(&runs) {
+        let step_s = median_of(run.times.clone());
+        let line = Line {
+            kind,
+            search,
+            d_in,
+            d_sae,
+            batch,
+            l0: run.l0,
+            dead,
+            row_lazy: options.row_lazy,
+            tokens_per_s: batch as f64 / step_s,
+            step_s,
+            encoder_gemm_s,
+            of_encoder: median_ratio(&run.times, &products),
+            speed_up: median_ratio(&runs[0].times, &run.times),
+            gemm_gflops: (2 * batch * d_in * d_sae) as f64 / encoder_gemm_s / 1e9,
+            read_gb_s,
+            peak_rss_mb,
+        };
+        println!("{}", serde_json::to_string(&line)?);
+    }
     Ok(())
 }
 
-fn objective(kind: KindName, k: usize, aux: bool) -> Objective {
+/// One of the runs that are measured side by side.
+struct Run {
+    config: TrainConfig,
+    state: TrainState,
+    times: Vec<f64>,
+    /// Of the last step.
+    l0: f64,
+}
+
+/// A step of every run, which all have to see the same loss.
+fn step_each(runs: &mut [Run], x: &Tensor<2>, steps: usize) -> Result<()> {
+    let mut losses = Vec::new();
+    for run in runs {
+        let start = Instant::now();
+        let outcome = run.state.step(x.clone(), &run.config, WARM_UP + steps);
+        run.times.push(start.elapsed().as_secs_f64());
+        let StepOutcome::Taken(report) = outcome else { bail!("the loss is not finite") };
+        run.l0 = report.l0;
+        losses.push(report.loss.to_bits());
+    }
+    ensure!(losses.iter().all(|loss| *loss == losses[0]), "the searches differ");
+    Ok(())
+}
+
+fn objective(kind: KindName, k: usize, aux: bool, search: Search) -> Objective {
     let sparsity = Sparsity {
         coefficient: 1e-3,
         norm: SparsityNorm::Lp { p: 1.0 },
@@ -156,7 +207,7 @@ fn objective(kind: KindName, k: usize, aux: bool) -> Objective {
     };
     let aux_k = aux.then_some(AuxK { coefficient: 1.0, k: None, rule: AuxKRule::SaeLens });
     let selecting = |objective: Objective| match objective.kind {
-        Kind::Selecting(selecting) => Kind::Selecting(Selecting { aux_k, ..selecting }),
+        Kind::Selecting(selecting) => Kind::Selecting(Selecting { aux_k, search, ..selecting }),
         kind => kind,
     };
     Objective::new(match kind {
@@ -172,7 +223,6 @@ fn objective(kind: KindName, k: usize, aux: bool) -> Objective {
 
 /// Sets the encoder's biases so that `k` latents are on, on average, and some never.
 fn quieten(state: &mut TrainState, x: &Tensor<2>, k: usize, n_dead: usize) {
-    const SAMPLE: usize = 64;
     let parameters = &mut state.parameters;
     let d_sae = parameters.d_sae();
     let w_enc = parameters.get(ParameterName::WEnc).expect("an encoder").clone();
@@ -184,6 +234,11 @@ fn quieten(state: &mut TrainState, x: &Tensor<2>, k: usize, n_dead: usize) {
     let bias = Tensor::zeros([1, d_sae], &x.device()) - bar;
     let dead = Tensor::zeros([1, n_dead], &x.device()) - 1e3;
     parameters.insert(ParameterName::BEnc, bias.slice_assign([0..1, 0..n_dead], dead));
+}
+
+/// The median of the ratios of neighbours in time.
+fn median_ratio(times: &[f64], others: &[f64]) -> f64 {
+    median_of(times.iter().zip(others).map(|(time, other)| time / other).collect())
 }
 
 fn median_of(mut values: Vec<f64>) -> f64 {

@@ -12,6 +12,10 @@ use model_hooks::text::{Message, Role};
 use model_hooks::{
     ActivationCache, GenerateConfig, HookPoint, SharedPrefix, TokenBatch, unobserved,
 };
+use sae_core::train::{
+    ActivationMatrix, Kind, Objective, Search, Selecting, Selection, StepOutcome, TrainConfig,
+    TrainState,
+};
 
 fn case_and_model() -> Option<(Case, LoadedModel)> {
     let folder = goldens::folder().join("smollm2");
@@ -118,4 +122,43 @@ fn golden_smollm2() {
         let end = expected.iter().rposition(|&id| id != 2).map_or(0, |last| last + 1);
         assert_eq!(actual[row][..end], expected[..end], "row {row}");
     }
+}
+
+/// Activations of a real text, with the huge ones of position 0: integers have to propose the latents
+/// that f32 finds, bit for bit, and training has to go the same way.
+#[test]
+fn latents_of_real_activations_are_the_same_by_either_search() {
+    let Some((_, loaded)) = case_and_model() else { return };
+    let LoadedModel { model, tokenizer, .. } = &loaded;
+    let ids = tokenizer.encode(include_str!("../../ARCHITECTURE.md")).unwrap();
+    let texts: Vec<&[u32]> = ids.chunks_exact(64).take(12).collect();
+    let tokens = TokenBatch::new(&texts, model.config(), model.device()).unwrap();
+    let point = HookPoint::resid_post(12);
+    let rows = model.capture(&tokens, [point]).unwrap().get::<3>(point).unwrap();
+    let (n, d_in) = (texts.len() * 64, model.config().d_model);
+    let x = rows.reshape([n, d_in]);
+    let values = floats(x.clone());
+    let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    assert!(largest > 1000.0, "{largest}: position 0 is there");
+
+    let run = |search| {
+        let selecting = Selecting { search, ..Selecting::new(Selection::TopK { k: 32 }) };
+        let objective = Objective::new(Kind::Selecting(selecting));
+        let config = TrainConfig::new(2048, objective).with_batch(n);
+        let matrix = ActivationMatrix::new(&values, d_in).unwrap();
+        let mut state = TrainState::initial(&config, &matrix, None, &x.device()).unwrap();
+        let scaled = x.clone() * state.input_scale;
+        let mut seen = Vec::new();
+        for _ in 0..4 {
+            let batch = scaled.clone().into();
+            let found = config.objective.differentiate(&state.parameters, &batch, &[]);
+            seen.push(found.latents.indices.into_data().iter::<i64>().collect::<Vec<_>>());
+            seen.push(
+                floats(found.latents.values).iter().map(|z| i64::from(z.to_bits())).collect(),
+            );
+            assert!(matches!(state.step(batch, &config, 4), StepOutcome::Taken(_)));
+        }
+        seen
+    };
+    assert!(run(Search::Full) == run(Search::Proposed), "the searches differ");
 }

@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{AutodiffBackend, Backend, TensorMetadata};
 
-use crate::ops::{AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select, dims};
+use crate::ops::{AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select, dims};
 use crate::plain_attention::plain_attention;
 
 #[derive(Debug)]
@@ -166,11 +166,12 @@ impl<B: Backend + KernelOps, C: CheckpointStrategy> KernelOps for Autodiff<B, C>
         bias: FloatTensor<Self>,
         by: FloatTensor<Self>,
         select: Select,
+        search: Search,
     ) -> (FloatTensor<Self>, IntTensor<Self>) {
         let by = Self::inner(by);
         let ((x, x_node), (w, w_node), (bias, bias_node)) =
             (x.into_parts(), w.into_parts(), bias.into_parts());
-        let (values, indices) = B::sparse_encode(x.clone(), w.clone(), bias, by, select);
+        let (values, indices) = B::sparse_encode(x.clone(), w.clone(), bias, by, select, search);
         let prepared = SparseEncode.prepare::<C>([x_node, w_node, bias_node]);
         let values = match prepared.compute_bound().stateful() {
             OpsKind::Tracked(prep) => {

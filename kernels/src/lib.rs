@@ -25,7 +25,7 @@ mod plain_attention;
 mod plain_encode;
 mod plain_training;
 
-pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select};
+pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select};
 
 use burn::backend::Dispatch;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -71,6 +71,21 @@ pub fn sparse_encode(
     by: Tensor<1>,
     select: Select,
 ) -> (Tensor<2>, Tensor<2, Int>) {
+    sparse_encode_by(Search::Full, x, w, bias, by, select)
+}
+
+/// [`sparse_encode`] with a way to find the entries.
+///
+/// # Panics
+/// As [`sparse_encode`].
+pub fn sparse_encode_by(
+    search: Search,
+    x: Tensor<2>,
+    w: Tensor<2>,
+    bias: Tensor<1>,
+    by: Tensor<1>,
+    select: Select,
+) -> (Tensor<2>, Tensor<2, Int>) {
     assert_encodes(&x, &w, [&bias, &by], select);
     let (values, indices) = Dispatch::sparse_encode(
         x.into_dispatch(),
@@ -78,6 +93,7 @@ pub fn sparse_encode(
         bias.into_dispatch(),
         by.into_dispatch(),
         select,
+        search,
     );
     (Tensor::from_dispatch(values), Tensor::from_dispatch(indices))
 }

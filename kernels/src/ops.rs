@@ -95,6 +95,23 @@ pub enum Select {
     Above,
 }
 
+/// How the entries to keep are found. All ways give the same result, bit for bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Search {
+    /// By a product in f32.
+    #[default]
+    Full,
+    /// By a product in 16-bit integers with a bound of its error; what may be kept by it is computed
+    /// anew in f32.
+    ///
+    /// For [`Select::TopK`], [`Select::TopKSigned`] and [`Select::TopKMagnitude`] that keep at most one
+    /// of 16 entries of at least 256 rows, on `flex`, on processors with AVX2 and FMA. Everything else,
+    /// and batches with numbers that are not finite, are searched in full.
+    Proposed,
+}
+
 /// The operations of this crate on a backend's own tensors; see the functions of the crate root
 /// for what each computes. A backend that overrides nothing runs the plain defaults.
 #[allow(missing_docs)]
@@ -124,6 +141,7 @@ pub trait KernelOps: Backend {
         bias: FloatTensor<Self>,
         by: FloatTensor<Self>,
         select: Select,
+        _search: Search,
     ) -> (FloatTensor<Self>, IntTensor<Self>) {
         plain_encode::<Self>(x, w, bias, by, select)
     }
@@ -137,7 +155,7 @@ pub trait KernelOps: Backend {
         among: IntTensor<Self>,
     ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
         let products = products_of::<Self>(x.clone(), w.clone(), among);
-        let (values, indices) = Self::sparse_encode(x, w, bias, by, select);
+        let (values, indices) = Self::sparse_encode(x, w, bias, by, select, Search::Full);
         (values, indices, products)
     }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData, Tolerance};
 use kernels::{
-    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
+    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Search, Select,
 };
 use proptest::prelude::*;
 
@@ -104,13 +104,69 @@ fn written_out(x: Tensor<2>, f: Nonlinearity) -> Tensor<2> {
     }
 }
 
+/// Many cases of what decides which latents there are: 10,000 in these three.
+fn many() -> ProptestConfig {
+    ProptestConfig::with_cases(4_000)
+}
+
+/// What `sparse_encode` is put to.
+#[derive(Debug, Clone, Copy)]
+enum Input {
+    Noise,
+    /// Few levels, so that sums are exact and many of them equal.
+    Levels,
+    /// The same row again and again.
+    EqualRows,
+    /// All pre-activations of a row are equal.
+    EqualColumns,
+}
+
+fn inputs() -> impl Strategy<Value = Input> {
+    prop_oneof![
+        3 => Just(Input::Noise),
+        1 => Just(Input::Levels),
+        1 => Just(Input::EqualRows),
+        1 => Just(Input::EqualColumns),
+    ]
+}
+
+/// `x`, `w`, `bias` and `by`.
+fn encoder(
+    input: Input,
+    [n, d, m]: [usize; 3],
+    seed: u64,
+    device: &Device,
+) -> (Tensor<2>, Tensor<2>, Tensor<1>, Tensor<1>) {
+    let x = noise([n, d], seed ^ 1, device);
+    let w = noise([d, m], seed ^ 2, device);
+    let bias = noise([m], seed ^ 3, device);
+    let by = noise([m], seed ^ 4, device).abs() + 0.1;
+    let levels = |x: Tensor<2>| (x * 2.0).round();
+    match input {
+        Input::Noise => (x, w, bias, by),
+        Input::Levels => (levels(x), levels(w), (bias * 2.0).round(), by.ones_like()),
+        Input::EqualRows => (x.narrow(0, 0, 1).expand([n, d]), w, bias, by),
+        Input::EqualColumns => {
+            let w = w.narrow(1, 0, 1).expand([d, m]);
+            (x, w, bias.ones_like(), by.ones_like())
+        }
+    }
+}
+
+/// One, all of them, or some.
+fn kept() -> impl Strategy<Value = usize> {
+    prop_oneof![1 => Just(1), 1 => Just(usize::MAX), 4 => 1..9usize]
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(many())]
 
     #[test]
-    fn top_k_is_a_sorted_prefix(n in 1..6usize, m in 1..300usize, k in 1..40usize, levels in 1..50i32, seed: u64) {
-        let k = k.min(m);
-        // Few levels make many ties.
+    fn top_k_is_a_sorted_prefix(
+        n in 1..6usize, m in 1..300usize, kept in prop_oneof![kept(), 1..40usize], levels in 0..50i32, seed: u64,
+    ) {
+        let k = kept.min(m);
+        // Few levels make many ties; with none, all are equal.
         let x = (noise([n, m], seed, &device()) * levels as f64).round();
         let (values, indices) = kernels::top_k(x.clone(), k);
         let (naive_values, naive_indices) = naive_top_k(&floats(x), m, k);
@@ -120,24 +176,23 @@ proptest! {
 
     #[test]
     fn sparse_encode_keeps_what_plain_tensors_keep(
-        (n, d, m) in (1..40usize, 1..20usize, 1..90usize), which in 0..6, kept in 1..9usize, seed: u64,
+        (n, d, m) in (1..40usize, 1..20usize, 1..90usize), input in inputs(), which in 0..6, kept in kept(), seed: u64,
     ) {
         let device = device().autodiff();
         let select = match which {
             0 => Select::TopK(kept.min(m)),
             1 => Select::TopKMagnitude(kept.min(m)),
-            2 => Select::BatchTopK((kept * n).min(n * m)),
+            2 => Select::BatchTopK(kept.saturating_mul(n).min(n * m)),
             3 => Select::TopKSigned(kept.min(m)),
             4 => Select::GroupMax((1..=kept.min(m)).rfind(|k| m % k == 0).expect("1 divides")),
             _ => Select::Above,
         };
-        let leaf = |shape, salt| noise::<2>(shape, seed ^ salt, &device).require_grad();
-        let (x, w) = (leaf([n, d], 1), leaf([d, m], 2));
-        let bias = noise([m], seed ^ 3, &device).require_grad();
-        let by = noise([m], seed ^ 4, &device).abs() + 0.1;
+        let (x, w, bias, by) = encoder(input, [n, d, m], seed, &device);
+        let leaf = |x: &Tensor<2>| x.clone().detach().require_grad();
+        let (x, w, bias) = (leaf(&x), leaf(&w), bias.detach().require_grad());
         let (values, indices) = kernels::sparse_encode(x.clone(), w.clone(), bias.clone(), by.clone(), select);
 
-        let (px, pw, pb) = (x.clone().detach().require_grad(), w.clone().detach().require_grad(), bias.clone().detach().require_grad());
+        let (px, pw, pb) = (leaf(&x), leaf(&w), bias.clone().detach().require_grad());
         let pre = px.clone().matmul(pw.clone()) + pb.clone().unsqueeze();
         let is_kept = naive_selection(&floats(pre.clone()), &floats(by), [n, m], select);
         let is_kept = Tensor::<2>::from_data(TensorData::new(is_kept, [n, m]), &device);
@@ -155,6 +210,123 @@ proptest! {
         assert_close(w.grad(&grads).unwrap(), pw.grad(&plain_grads).unwrap());
         assert_close(bias.grad(&grads).unwrap(), pb.grad(&plain_grads).unwrap());
     }
+}
+
+/// Values and indices of both ways to search, as bits.
+fn both_searches(
+    x: &Tensor<2>,
+    w: &Tensor<2>,
+    bias: &Tensor<1>,
+    by: &Tensor<1>,
+    select: Select,
+) -> [(Vec<u32>, Vec<i64>); 2] {
+    [Search::Full, Search::Proposed].map(|search| {
+        let (x, w, bias, by) = (x.clone(), w.clone(), bias.clone(), by.clone());
+        let (values, indices) = kernels::sparse_encode_by(search, x, w, bias, by, select);
+        (floats(values).into_iter().map(f32::to_bits).collect(), ints(indices))
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn proposed_entries_are_those_of_a_full_search(
+        (n, d, m) in (250..300usize, 1..70usize, 60..400usize), input in inputs(), which in 0..3usize, kept in kept(),
+        transposed: bool, outlier in 0..4, seed: u64,
+    ) {
+        let device = device();
+        let k = kept.min(m / 16).max(1);
+        let select = [Select::TopK(k), Select::TopKSigned(k), Select::TopKMagnitude(k)][which];
+        let (x, w, bias, by) = encoder(input, [n, d, m], seed, &device);
+        // One dimension that dwarfs the others; rows of zeros; factors below zero.
+        let x = match outlier {
+            1 => x * (noise::<2>([1, d], seed ^ 6, &device) * 12.0).exp(),
+            2 => x.clone() * x.narrow(1, 0, 1).lower_elem(0.0).float(),
+            _ => x,
+        };
+        let by = if outlier == 3 { by - 0.6 } else { by };
+        let w = if transposed { w.transpose().mul_scalar(1.0).transpose() } else { w.mul_scalar(1.0) };
+        let [full, proposed] = both_searches(&x, &w, &bias, &by, select);
+        prop_assert_eq!(full, proposed);
+    }
+}
+
+#[test]
+fn proposed_entries_have_the_bits_of_the_blocked_product() {
+    let device = device();
+    // Widths that the blocked product sums in one part and in several; tiles and ends of tiles.
+    for (d, m, n) in
+        [(512, 130, 257), (576, 300, 513), (1030, 200, 519), (2049, 130, 300), (5000, 70, 600)]
+    {
+        let (x, w) = (noise([n, d], 1, &device), noise([m, d], 2, &device).transpose());
+        let (bias, by) = (noise([m], 3, &device), noise([m], 4, &device).abs() + 0.1);
+        let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::TopKSigned(4));
+        assert_eq!(full, proposed, "{d}");
+    }
+}
+
+#[test]
+fn threads_do_not_change_what_is_proposed() {
+    let device = device();
+    let (n, d, m) = (700, 100, 300);
+    let (x, w) = (noise([n, d], 1, &device), noise([m, d], 2, &device).transpose());
+    let (bias, by) = (noise([m], 3, &device), noise([m], 4, &device).abs() + 0.1);
+    let found = [1, 2, 5].map(|n_threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
+        let (x, w, bias, by) = (x.clone(), w.clone(), bias.clone(), by.clone());
+        pool.install(move || both_searches(&x, &w, &bias, &by, Select::TopK(7)))
+    });
+    for [full, proposed] in &found {
+        assert_eq!(full, &found[0][0]);
+        assert_eq!(proposed, &found[0][0]);
+    }
+}
+
+#[test]
+fn what_cannot_be_proposed_is_searched_in_full() {
+    let device = device();
+    let (n, d, m) = (260, 30, 130);
+    let (x, w) = (noise([n, d], 1, &device), noise([m, d], 2, &device).transpose());
+    let (bias, by) = (noise([m], 3, &device), noise([m], 4, &device).abs() + 0.1);
+    let column = || noise::<2>([n, 1], 5, &device);
+    for odd in [f32::NAN, f32::INFINITY, 1e30, 1e-30] {
+        let x = Tensor::cat(vec![x.clone().narrow(1, 1, d - 1), column() * odd], 1);
+        let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::TopK(4));
+        assert_eq!(full, proposed, "{odd}");
+        let w = w.clone() * odd;
+        let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::TopKMagnitude(4));
+        assert_eq!(full, proposed, "{odd}");
+        let bias = bias.clone() * odd;
+        let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::TopKSigned(4));
+        assert_eq!(full, proposed, "{odd}");
+    }
+    let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::BatchTopK(4 * n));
+    assert_eq!(full, proposed);
+}
+
+#[test]
+fn a_selection_over_the_batch_breaks_ties_by_place_over_several_tiles() {
+    let device = device();
+    // Sums of small integers: exact, and few enough that the last one kept has many equals.
+    let (n, d, m) = (1100, 5, 24);
+    let (x, w, bias, by) = encoder(Input::Levels, [n, d, m], 7, &device);
+    let pre = x.clone().matmul(w.clone()) + bias.clone().unsqueeze();
+    for n_kept in [1, 700, 2 * n, 5 * n, n * m] {
+        let select = Select::BatchTopK(n_kept);
+        let is_kept = naive_selection(&floats(pre.clone()), &floats(by.clone()), [n, m], select);
+        let plain: Vec<f32> =
+            floats(pre.clone()).iter().zip(is_kept).map(|(p, kept)| p * kept).collect();
+        let (values, indices) =
+            kernels::sparse_encode(x.clone(), w.clone(), bias.clone(), by.clone(), select);
+        let dense = Tensor::<2>::zeros([n, m], &device);
+        let dense = dense.scatter(1, indices, values, burn::tensor::IndexingUpdateOp::Add);
+        assert_eq!(floats(dense), plain, "{n_kept}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
     fn sparse_decode_is_a_dense_product(n in 1..20usize, d in 1..50usize, m in 1..60usize, k in 1..9usize, seed: u64) {

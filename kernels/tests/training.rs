@@ -78,7 +78,7 @@ impl Problem {
         let wide = |x: f32| f64::from(x);
         let (mut squares, mut by_rows) = (vec![0.0; n], vec![0.0; m * d]);
         let (mut by_w, mut by_bias) = (vec![0.0; m * d_in], vec![0.0; m]);
-        for i in 0..n {
+        for (i, row_squares) in squares.iter_mut().enumerate() {
             let p: Vec<f32> = (0..m).map(|l| self.products[i * m + l] + self.bias[l]).collect();
             let (k, magnitude, positive) = match self.select {
                 Select::TopK(k) => (k, false, true),
@@ -100,7 +100,7 @@ impl Problem {
                     terms.sum::<f64>() + wide(self.residual[i * d + at])
                 })
                 .collect();
-            squares[i] = error.iter().map(|e| e * e).sum();
+            *row_squares = error.iter().map(|e| e * e).sum();
             for &l in &order {
                 let mut by_p = 0.0;
                 for (at, error) in error.iter().enumerate() {

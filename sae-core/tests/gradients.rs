@@ -54,10 +54,10 @@ fn selecting(selection: Selection, random: &mut impl Rng) -> Kind {
     let k = random.random::<bool>().then_some(2);
     let aux_k = AuxK { coefficient: 0.8, k, rule: rules[random.random_range(0..3)] };
     Kind::Selecting(Selecting {
-        selection,
         rescale_by_decoder_norm: random.random(),
         aux_k: random.random_bool(0.7).then_some(aux_k),
         threshold: Some(RunningThreshold::SaeLens { rate: 0.1 }),
+        ..Selecting::new(selection)
     })
 }
 

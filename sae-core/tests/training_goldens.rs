@@ -165,13 +165,13 @@ fn sae_lens(config: &Value, coefficients: &Value) -> Objective {
     let selecting = |selection| {
         let rate = config["topk_threshold_lr"].as_f64();
         with(Kind::Selecting(Selecting {
-            selection,
             rescale_by_decoder_norm: config["rescale_acts_by_decoder_norm"] == true,
             aux_k: Some(AuxK {
                 coefficient: number(&config["aux_loss_coefficient"]),
                 ..AuxK::new()
             }),
             threshold: rate.map(|rate| RunningThreshold::SaeLens { rate }),
+            ..Selecting::new(selection)
         }))
     };
     let sparsity = || Sparsity::new(number(&coefficients["l1"]));
@@ -374,7 +374,6 @@ fn dictionary_learning(config: &Value) -> Objective {
         let beta = number(&config["threshold_beta"]);
         let start_step = count(&config["threshold_start_step"]);
         with(Kind::Selecting(Selecting {
-            selection,
             rescale_by_decoder_norm: false,
             aux_k: Some(AuxK {
                 coefficient: number(&config["auxk_alpha"]),
@@ -385,6 +384,7 @@ fn dictionary_learning(config: &Value) -> Objective {
                 true => RunningThreshold::DictionaryLearningByRow { beta, start_step },
                 false => RunningThreshold::DictionaryLearning { beta, start_step },
             }),
+            ..Selecting::new(selection)
         }))
     };
     match config["trainer_class"].as_str().expect("a name") {

@@ -8,10 +8,10 @@ use rayon::prelude::*;
 use super::simd::multiversion;
 use super::top_k::{Picked, pick_magnitudes, pick_values};
 use super::{Float, Int, floats, new_floats, new_ints, packed};
-use crate::ops::{Select, dims};
+use crate::ops::{Search, Select, dims};
 
 /// Rows of pre-activations made at a time: they stay in the cache until the scan has read them.
-const TILE_ROWS: usize = 512;
+pub(super) const TILE_ROWS: usize = 512;
 /// Entries that the scan rejects or looks into together.
 const BLOCK: usize = 32;
 
@@ -21,6 +21,7 @@ pub(super) fn sparse_encode(
     bias: Float,
     by: Float,
     select: Select,
+    search: Search,
 ) -> (Float, Int) {
     let [n, _] = dims(&x);
     let (bias, by) = (packed(bias), packed(by));
@@ -28,6 +29,7 @@ pub(super) fn sparse_encode(
     match select {
         Select::TopK(k) | Select::TopKSigned(k) => {
             let mut picked = Picked::new(n, k);
+            let x = propose(&mut picked, x, &w, [bias, by], k, Ranking::Value, search);
             for_each_tile(x, w, |tile, m| {
                 picked.scan(tile, m, |row, room| pick_values(row, bias, by, k, room));
             });
@@ -47,6 +49,7 @@ pub(super) fn sparse_encode(
         }
         Select::TopKMagnitude(k) => {
             let mut picked = Picked::new(n, k);
+            let x = propose(&mut picked, x, &w, [bias, by], k, Ranking::Magnitude, search);
             for_each_tile(x, w, |tile, m| {
                 picked.scan(tile, m, |row, room| pick_magnitudes(row, bias, by, k, room));
             });
@@ -65,6 +68,33 @@ pub(super) fn sparse_encode(
             filled_up(&rows)
         }
     }
+}
+
+/// How entries rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ranking {
+    /// By their keys.
+    Value,
+    /// By the magnitudes of their keys.
+    Magnitude,
+}
+
+/// The picks of the first rows, where they are to be proposed and can be. Gives the other rows.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+fn propose(
+    picked: &mut Picked,
+    x: Float,
+    w: &Float,
+    by_column: [&[f32]; 2],
+    k: usize,
+    ranking: Ranking,
+    search: Search,
+) -> Float {
+    #[cfg(target_arch = "x86_64")]
+    if search == Search::Proposed {
+        return super::proposal::pick(picked, x, w, by_column, k, ranking);
+    }
+    x
 }
 
 /// Calls `consume` with some rows of `x · w` after the other, and their width.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::encode::{for_each_tile, sparse_encode};
 use super::top_k::{Picked, pick_magnitudes, pick_values};
 use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
-use crate::ops::{Select, dims};
+use crate::ops::{Search, Select, dims};
 use crate::plain_training::products_of;
 
 pub(super) fn sparse_encode_with(
@@ -28,7 +28,7 @@ pub(super) fn sparse_encode_with(
         Select::TopKMagnitude(k) if !columns.is_empty() => (k, true),
         _ => {
             let products = products_of::<Flex>(x.clone(), w.clone(), among);
-            let (values, indices) = sparse_encode(x, w, bias, by, select);
+            let (values, indices) = sparse_encode(x, w, bias, by, select, Search::Full);
             return (values, indices, products);
         }
     };

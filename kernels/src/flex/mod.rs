@@ -8,6 +8,12 @@ mod dense;
 mod encode;
 mod encode_with;
 mod nonlinear;
+#[cfg(target_arch = "x86_64")]
+mod proposal;
+#[cfg(target_arch = "x86_64")]
+mod quantized;
+#[cfg(target_arch = "x86_64")]
+mod rescore;
 mod residual_fit;
 mod rowwise;
 mod simd;
@@ -19,7 +25,9 @@ use burn::backend::ops::IntTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, IntDType, TensorData, bf16};
 
-use crate::ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Select};
+use crate::ops::{
+    AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select,
+};
 
 type Float = FloatTensor<Flex>;
 type Int = IntTensor<Flex>;
@@ -29,8 +37,15 @@ impl KernelOps for Flex {
         top_k::top_k(x, k)
     }
 
-    fn sparse_encode(x: Float, w: Float, bias: Float, by: Float, select: Select) -> (Float, Int) {
-        encode::sparse_encode(x, w, bias, by, select)
+    fn sparse_encode(
+        x: Float,
+        w: Float,
+        bias: Float,
+        by: Float,
+        select: Select,
+        search: Search,
+    ) -> (Float, Int) {
+        encode::sparse_encode(x, w, bias, by, select, search)
     }
 
     fn sparse_encode_with(

@@ -13,13 +13,17 @@ const DEEPEST: usize = 64;
 
 /// A ranked entry: its key, the value to report, and its column.
 #[derive(Clone, Copy)]
-struct Candidate {
+pub(super) struct Candidate {
     key: f32,
-    value: f32,
-    column: u32,
+    pub(super) value: f32,
+    pub(super) column: u32,
 }
 
 impl Candidate {
+    pub(super) fn new(ranked: f32, value: f32, column: u32) -> Self {
+        Self { key: key(ranked), value, column }
+    }
+
     /// Larger keys first, then lower columns; keys are never NaN.
     fn order(&self, other: &Self) -> std::cmp::Ordering {
         other.key.total_cmp(&self.key).then(self.column.cmp(&other.column))
@@ -29,7 +33,7 @@ impl Candidate {
 /// Room to work in, used again from row to row.
 #[derive(Default)]
 pub(super) struct Room {
-    best: Vec<Candidate>,
+    pub(super) best: Vec<Candidate>,
     maxima: Vec<f32>,
     ranked: Vec<f32>,
 }
@@ -62,21 +66,26 @@ impl Picked {
 
     /// Appends the picks of every row of `x`.
     pub(super) fn scan(&mut self, x: &[f32], m: usize, pick: impl Fn(&[f32], &mut Room) + Sync) {
-        let (k, from) = (self.k, self.values.len());
-        let n = x.len() / m;
-        self.values.resize(from + n * k, 0.0);
-        self.columns.resize(from + n * k, 0);
-        self.values[from..]
-            .par_chunks_mut(k)
-            .zip(self.columns[from..].par_chunks_mut(k))
-            .zip(x.par_chunks(m))
-            .for_each_init(Room::default, |room, ((values, columns), row)| {
+        let k = self.k;
+        let (values, columns) = self.appended(x.len() / m);
+        values.par_chunks_mut(k).zip(columns.par_chunks_mut(k)).zip(x.par_chunks(m)).for_each_init(
+            Room::default,
+            |room, ((values, columns), row)| {
                 pick(row, room);
                 for (slot, candidate) in room.best.iter().enumerate() {
                     values[slot] = candidate.value;
                     columns[slot] = candidate.column as i32;
                 }
-            });
+            },
+        );
+    }
+
+    /// Places for the picks of so many more rows.
+    pub(super) fn appended(&mut self, n: usize) -> (&mut [f32], &mut [i32]) {
+        let from = self.values.len();
+        self.values.resize(from + n * self.k, 0.0);
+        self.columns.resize(from + n * self.k, 0);
+        (&mut self.values[from..], &mut self.columns[from..])
     }
 
     /// What is below zero counts as zero.
@@ -142,7 +151,7 @@ fn scan(m: usize, k: usize, room: &mut Room, at: impl Fn(usize) -> (f32, f32)) {
     best.clear();
     let candidate = |i: usize| {
         let (ranked, value) = at(i);
-        Candidate { key: key(ranked), value, column: i as u32 }
+        Candidate::new(ranked, value, i as u32)
     };
     let depth = (m / (8 * k)).clamp(1, DEEPEST);
     let whole = m / (LANES * depth) * (LANES * depth);
@@ -170,6 +179,11 @@ fn scan(m: usize, k: usize, room: &mut Room, at: impl Fn(usize) -> (f32, f32)) {
         }
         best.extend((whole..m).map(candidate).filter(reaches));
     }
+    keep_best(best, k);
+}
+
+/// Leaves the `k` best, in order.
+pub(super) fn keep_best(best: &mut Vec<Candidate>, k: usize) {
     if best.len() > k {
         best.select_nth_unstable_by(k - 1, Candidate::order);
         best.truncate(k);

@@ -218,6 +218,8 @@ impl TrainConfig {
 
 #[cfg(test)]
 mod tests {
+    use kernels::Search;
+
     use super::super::objective::*;
     use super::super::schedule::Anneal;
     use super::*;
@@ -284,6 +286,15 @@ mod tests {
         assert_eq!(refused(groups(true)), "rescale_by_decoder_norm");
         let share = Objective { error: ErrorMeasure::Fvu, ..Objective::top_k(2) };
         assert_eq!(refused(TrainConfig::new(8, share).with_batch(1)), "batch 1");
+        let proposed = |selection| {
+            let threshold = Some(RunningThreshold::SaeLens { rate: 0.1 });
+            let search = Search::Proposed;
+            let selecting = Selecting { threshold, search, ..Selecting::new(selection) };
+            TrainConfig::new(8, Objective::new(Kind::Selecting(selecting)))
+        };
+        assert_eq!(proposed(Selection::AbsTopK { k: 2 }).validate(4), Ok(()));
+        assert_eq!(refused(proposed(Selection::BatchTopK { k: 2.0 })), "search");
+        assert_eq!(refused(proposed(Selection::GroupMax { k: 2 })), "search");
     }
 
     #[test]
@@ -330,5 +341,12 @@ mod tests {
             let parsed = serde_json::from_str(&config.to_string()).expect("our own JSON");
             assert_eq!(config, parsed);
         }
+        let json = serde_json::to_string(&top_k(2)).expect("plain data");
+        let older = json.replace(",\"search\":\"full\"", "");
+        assert_ne!(older, json);
+        assert_eq!(
+            serde_json::from_str::<TrainConfig>(&older).expect("without a search"),
+            top_k(2)
+        );
     }
 }

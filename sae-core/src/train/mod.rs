@@ -71,4 +71,6 @@ pub use schedule::{Anneal, DecayShape, Schedule};
 pub use state::{StepOutcome, StepReport, TrainState};
 pub use trainer::{Progress, Trainer};
 
+pub use kernels::Search;
+
 pub(crate) use row_order::random_stream;

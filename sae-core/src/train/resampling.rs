@@ -6,7 +6,7 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 use super::error::TrainError;
-use super::objective::{Batch, JumpRelu};
+use super::objective::{Batch, Objective};
 use super::parameters::{ParameterName, Parameters};
 
 /// Share of the norm of living encoder rows that a new one gets.
@@ -55,9 +55,8 @@ impl Resampling {
         &self,
         parameters: &mut Parameters,
         batch: &Batch,
-        is_centred: bool,
+        objective: &Objective,
         row_errors: &Tensor<1>,
-        jump_relu: Option<&JumpRelu>,
         dead: &[u32],
         mut random: ChaCha8Rng,
     ) -> Vec<u32> {
@@ -74,7 +73,7 @@ impl Resampling {
         let b_dec = parameters.matrix(ParameterName::BDec);
         let target = batch.target.as_ref().unwrap_or(&batch.x);
         let written = gather(&(target.clone() - b_dec.clone()), &rows);
-        let read = match is_centred {
+        let read = match objective.apply_b_dec_to_input {
             true => gather(&(batch.x.clone() - b_dec), &rows),
             false => gather(&batch.x, &rows),
         };
@@ -96,7 +95,7 @@ impl Resampling {
                 ParameterName::BEnc | ParameterName::RMag | ParameterName::BMag => values.fill(0.0),
                 // A threshold that outgrew its latent would keep it dead.
                 ParameterName::Threshold | ParameterName::LogThreshold => {
-                    values.fill(jump_relu.map_or(0.0, |kind| kind.start() as f32));
+                    values.fill(objective.threshold_start().unwrap_or(0.0) as f32);
                 }
                 ParameterName::BDec | ParameterName::WSkip => {}
             }
@@ -145,7 +144,7 @@ fn scale_into(values: &mut [f32], row: &[f32], scale: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::ThresholdParameter;
+    use crate::train::{JumpRelu, Kind, ThresholdParameter};
     use burn::tensor::Device;
     use rand::SeedableRng;
 
@@ -168,8 +167,14 @@ mod tests {
         let errors = Tensor::from_data([0.0, 3.0], &device);
         let resampling = Resampling::new(10).with_rule(rule);
         let random = ChaCha8Rng::seed_from_u64(0);
-        let revived =
-            resampling.resample(&mut parameters, &batch, true, &errors, None, &[1, 2], random);
+        let revived = resampling.resample(
+            &mut parameters,
+            &batch,
+            &Objective::top_k(1),
+            &errors,
+            &[1, 2],
+            random,
+        );
         (parameters, revived)
     }
 
@@ -201,7 +206,8 @@ mod tests {
         };
         let random = ChaCha8Rng::seed_from_u64(0);
         let resampling = Resampling::new(1);
-        resampling.resample(&mut parameters, &batch, true, &errors, Some(&kind), &[1], random);
+        let objective = Objective::new(Kind::JumpRelu(kind));
+        resampling.resample(&mut parameters, &batch, &objective, &errors, &[1], random);
         assert_eq!(vector(&parameters, ParameterName::LogThreshold), [5.0, 0.0]);
     }
 

@@ -161,9 +161,8 @@ impl TrainState {
             revived = resampling.resample(
                 &mut self.parameters,
                 batch,
-                objective.apply_b_dec_to_input,
+                objective,
                 &row_errors,
-                config.jump_relu(),
                 &self.ages.dead(config.dead_after),
                 random_stream(config.seed, RESAMPLING_STREAM + self.step as u64),
             );

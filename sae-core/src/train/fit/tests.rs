@@ -546,9 +546,9 @@ fn numbers_that_a_reader_rounds_are_still_the_same_run() {
         let rate = 10f64.powf(random.random_range(-12.0..0.0));
         let schedule = Schedule::new().with_learning_rate(rate);
         let config = TrainConfig::new(3, Objective::top_k(1)).with_batch(4).with_schedule(schedule);
-        let storage = Box::leak(Box::new(InMemory::default()));
+        let storage: &'static InMemory = Box::leak(Box::default());
         for _ in 0..3 {
-            let checkpoints = Checkpoints::without_lock(Box::new(&*storage));
+            let checkpoints = Checkpoints::without_lock(Box::new(storage));
             let mut source = MatrixSource::new(matrix, 3, 4, 1).expect("a batch");
             let runs = vec![Run::new("a", MatrixSource::COLUMN, config.clone())];
             let fit = Fit::resume(runs, &mut source, options(), &device(), checkpoints);
@@ -565,8 +565,8 @@ fn numbers_that_a_reader_rounds_are_still_the_same_run() {
 
 #[test]
 fn what_could_not_be_saved_at_the_end_is_saved_when_asked_again() {
-    let storage = Box::leak(Box::new(InMemory::default()));
-    let checkpoints = Checkpoints::without_lock(Box::new(&*storage));
+    let storage: &'static InMemory = Box::leak(Box::default());
+    let checkpoints = Checkpoints::without_lock(Box::new(storage));
     let mut source = chunks(Rc::default());
     let fit = Fit::resume(runs(), &mut source, options(), &device(), checkpoints);
     let mut fit = fit.expect("valid");

@@ -284,6 +284,14 @@ impl Objective {
         }
     }
 
+    /// Where the trained parameter of thresholds starts, if there is one.
+    pub(super) fn threshold_start(&self) -> Option<f64> {
+        match &self.kind {
+            Kind::JumpRelu(kind) => Some(kind.start()),
+            _ => None,
+        }
+    }
+
     /// The number that [`Anneal`](super::Anneal) moves: `k` of a selection, `p` of a penalty.
     pub(super) fn annealed(&self) -> Option<f64> {
         match &self.kind {

@@ -2,8 +2,8 @@
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::{
-    Select, fit_residual, sparse_decode, sparse_dot, sparse_encode, sparse_encode_with,
-    sparse_grad_rows, sparse_sum,
+    Search, Select, fit_residual, sparse_decode, sparse_dot, sparse_encode, sparse_encode_by,
+    sparse_encode_with, sparse_grad_rows, sparse_sum,
 };
 
 use super::aux_k::latents as latents_tensor;
@@ -166,20 +166,28 @@ impl<'a> Pass<'a> {
 
     /// Some pre-activations. The bias is moved by `shift`, and so are they.
     pub(super) fn encode(&self, by: Tensor<1>, select: Select, shift: f64) -> Entries {
+        self.encode_by(Search::Full, by, select, shift)
+    }
+
+    /// The same, with a way to find them.
+    pub(super) fn encode_by(
+        &self,
+        search: Search,
+        by: Tensor<1>,
+        select: Select,
+        shift: f64,
+    ) -> Entries {
         let w_enc = self.parameters.matrix(ParameterName::WEnc).transpose();
         let b_enc = match self.parameters.vector(ParameterName::BEnc) {
             b_enc if shift == 0.0 => b_enc,
             b_enc => b_enc + shift,
         };
-        let (values, indices) = sparse_encode(self.x.clone(), w_enc, b_enc, by, select);
+        let (values, indices) = sparse_encode_by(search, self.x.clone(), w_enc, b_enc, by, select);
         Entries { indices, values }
     }
 
     /// The same without a shift, which keeps what [`fit`](Self::fit) needs of some latents.
     pub(super) fn encode_with(&mut self, by: Tensor<1>, select: Select, seen: &[u32]) -> Entries {
-        if seen.is_empty() {
-            return self.encode(by, select, 0.0);
-        }
         let w_enc = self.parameters.matrix(ParameterName::WEnc).transpose();
         let b_enc = self.parameters.vector(ParameterName::BEnc);
         let among = latents_tensor(seen, &self.x);

@@ -1,7 +1,7 @@
 //! The largest pre-activations: TopK and its kin.
 
 use burn::tensor::Tensor;
-use kernels::Select;
+use kernels::{Search, Select};
 use serde::{Deserialize, Serialize};
 
 use super::aux_k::{AuxK, Ranking};
@@ -34,6 +34,10 @@ pub struct Selecting {
     /// How the threshold is found that stands in for a selection over the batch afterwards. Others
     /// may have one taken too: it stands in [`TrainState::threshold`](crate::train::TrainState).
     pub threshold: Option<RunningThreshold>,
+    /// How the latents are found, where each row has its own `k`. It decides on the time of a step
+    /// alone: the latents are the same, bit for bit.
+    #[serde(default)]
+    pub search: Search,
 }
 
 /// Which pre-activations are kept.
@@ -106,10 +110,15 @@ pub enum RunningThreshold {
 }
 
 impl Selecting {
-    /// Ranked by what latents write, unless in groups; without AuxK and threshold.
+    /// Ranked by what latents write, unless in groups; without AuxK and threshold, searched in full.
     pub fn new(selection: Selection) -> Self {
-        let rescale_by_decoder_norm = !matches!(selection, Selection::GroupMax { .. });
-        Self { selection, rescale_by_decoder_norm, aux_k: None, threshold: None }
+        Self {
+            rescale_by_decoder_norm: !matches!(selection, Selection::GroupMax { .. }),
+            selection,
+            aux_k: None,
+            threshold: None,
+            search: Search::Full,
+        }
     }
 
     pub(super) fn run(&self, pass: &mut Pass, dead: &[u32]) -> (Entries, Tensor<1>) {
@@ -125,12 +134,16 @@ impl Selecting {
             Selection::Matryoshka { aux_k_target: AuxKTarget::OwnResidual, .. }
         );
         let [_, d_out] = pass.parameters.w_dec().dims();
+        // A full search comes by the products that AuxK takes.
         let seen = match self.aux_k {
             Some(aux_k) if aux_k.takes_all(dead, d_out) && !own_residuals => dead,
             _ => &[],
         };
         let select = self.selection.select(pass.n, pass.d_sae);
-        let kept = pass.encode_with(scale, select, seen);
+        let kept = match (self.search, seen) {
+            (Search::Full, [_, ..]) => pass.encode_with(scale, select, seen),
+            (search, _) => pass.encode_by(search, scale, select, 0.0),
+        };
         let cut = |gradient, latents: &Entries| match by_magnitude {
             true => latents.with(gradient),
             false => latents.with(where_positive(gradient, latents.values.clone())),
@@ -205,6 +218,10 @@ impl Selecting {
         if let Some(aux_k) = self.aux_k {
             aux_k.validate()?;
         }
+        if self.search != Search::Full && !self.selection.is_by_row() {
+            let (option, with) = ("search", "a selection over groups or the batch");
+            return Err(TrainError::Conflict { option, with });
+        }
         match &self.selection {
             Selection::GroupMax { .. } if self.rescale_by_decoder_norm => {
                 let (option, with) = ("rescale_by_decoder_norm", "groups, which are not ranked");
@@ -257,6 +274,14 @@ impl Selection {
             | Self::AbsTopK { k }
             | Self::GroupMax { k } => *k = to.round() as usize,
             Self::BatchTopK { k } | Self::Matryoshka { k, .. } => *k = to,
+        }
+    }
+
+    /// Whether each row has its `k` largest.
+    fn is_by_row(&self) -> bool {
+        match self {
+            Self::TopK { .. } | Self::MultiTopK { .. } | Self::AbsTopK { .. } => true,
+            Self::GroupMax { .. } | Self::BatchTopK { .. } | Self::Matryoshka { .. } => false,
         }
     }
 

@@ -6,7 +6,7 @@ use rand_distr::StandardNormal;
 
 use super::*;
 use crate::metrics::Reconstruction;
-use crate::train::{Objective, StepOutcome};
+use crate::train::{Kind, Objective, Search, Selecting, Selection, StepOutcome};
 
 const D_IN: usize = 24;
 const N_DIRECTIONS: usize = 32;
@@ -171,6 +171,20 @@ fn a_run_that_is_broken_off_and_resumed_is_the_same_run() {
     assert_eq!(resumed.state().step, 21);
     assert_eq!(all_bits(resumed.state()), all_bits(whole.state()));
     assert_eq!(resumed.state().ages, whole.state().ages);
+}
+
+#[test]
+fn either_search_trains_the_same_bits() {
+    let planted = Planted::new(1000);
+    let trained = |search| {
+        let selecting = Selecting { search, ..Selecting::new(Selection::TopK { k: 4 }) };
+        let objective = Objective::new(Kind::Selecting(selecting));
+        let config = TrainConfig::new(128, objective).with_batch(300).with_n_passes(3);
+        let mut trainer = Trainer::new(config, &planted.matrix(), &device()).expect("valid");
+        trainer.run(&planted.matrix(), on).expect("trains");
+        all_bits(trainer.state())
+    };
+    assert_eq!(trained(Search::Proposed), trained(Search::Full));
 }
 
 #[test]
