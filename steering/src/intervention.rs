@@ -9,6 +9,7 @@ use crate::latent_reader::Reading;
 
 /// A change of the activation `x` at every steered position.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "one of them for a whole generation")]
 pub enum Intervention<'a> {
     /// Changes latents: `x' = x + Σ (z' − z) · W_dec[latent]`, the error term kept or dropped.
     Latents(LatentEdits<'a>),
@@ -52,6 +53,7 @@ impl<'a> Intervention<'a> {
 
 /// An intervention, checked and made ready.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "one of them for a whole generation")]
 pub(crate) enum Change<'a> {
     Latents(Box<LatentMap<'a>>),
     Add(Tensor<1>),

@@ -116,6 +116,7 @@ pub(crate) struct LatentMap<'a> {
 
 /// `z' = max(z · factor + shift, floor)`, all `[1, n_latents]`.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "one of them for a whole generation")]
 enum Rule {
     /// `z' = shift`.
     Clamp(Tensor<2>),

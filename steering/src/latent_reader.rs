@@ -40,6 +40,7 @@ struct Columns {
 }
 
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "one of them for a whole generation")]
 enum Gate {
     Relu,
     /// Thresholds, `[1, n_latents]`.

@@ -1,13 +1,39 @@
 //! Steering plans: what to do to which model, in a document.
+//!
+//! ```json
+//! {
+//!   "steering_plan": 1,
+//!   "model": {"architecture": "llama", "n_layers": 30, "d_model": 576, "d_vocab": 49152},
+//!   "saes": [{"name": "refusal", "sha256": "…", "d_in": 576, "d_sae": 4608,
+//!             "hook_name": "blocks.12.hook_resid_post"}],
+//!   "steps": [{
+//!     "points": ["blocks.12.hook_resid_post"],
+//!     "intervention": {"latents": {
+//!       "sae": "refusal",
+//!       "edits": [{"latent": 1234, "change": {"clamp": {"of_maximum":
+//!                 {"multiple": 2.0, "maximum": 7.5}}}}],
+//!       "remainder": "keep",
+//!       "reading": "exact"}},
+//!     "region": {"from_position": 1, "part": "all"},
+//!     "condition": {
+//!       "point": "blocks.8.hook_resid_post",
+//!       "score": {"probe": {"weights": [0.25, "…"], "bias": -1.5}},
+//!       "over": "last_prompt_token",
+//!       "threshold": 0.5,
+//!       "from_position": 1}
+//!   }]
+//! }
+//! ```
 
 mod check;
+mod error;
 mod points;
 
 use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use model_hooks::config::Architecture;
-use model_hooks::{HookError, HookPoint, LanguageModel};
+use model_hooks::{HookPoint, LanguageModel};
 use sae_core::Sae;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +45,8 @@ use crate::latent_edit::{LatentEdit, LatentEdits, Remainder};
 use crate::latent_reader::Reading;
 use crate::region::Region;
 use crate::steering::{Steering, Steerings};
+
+pub use error::PlanError;
 
 /// What to do to which model, as a JSON document of this version.
 ///
@@ -169,104 +197,6 @@ pub enum PlanScore {
         weights: Vec<f32>,
         /// Its bias.
         bias: f32,
-    },
-}
-
-/// Why a plan cannot be read, written or carried out.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PlanError {
-    /// Not a plan: not JSON, an unknown key, a missing one, or a value of another type.
-    #[error("this is no steering plan")]
-    Json(#[source] serde_json::Error),
-    /// A version that is not read here.
-    #[error("the plan is of version {actual}, expected {expected}")]
-    Version {
-        /// The version that is read.
-        expected: u32,
-        /// That of the document.
-        actual: u32,
-    },
-    /// A number that is infinite, or none.
-    #[error("{place} is {value}: expected a finite number")]
-    NotFinite {
-        /// Where it stands.
-        place: String,
-        /// The number.
-        value: f32,
-    },
-    /// A plan that does nothing.
-    #[error("the plan has no steps")]
-    NoSteps,
-    /// Two autoencoders of one name.
-    #[error("the plan has two autoencoders named {name:?}")]
-    DuplicateSae {
-        /// The name.
-        name: String,
-    },
-    /// An autoencoder that is not there.
-    #[error("{place} names the autoencoder {name:?}, which is not given")]
-    NoSuchSae {
-        /// What names it.
-        place: String,
-        /// The name.
-        name: String,
-    },
-    /// The model or an autoencoder is another one than the plan was made for.
-    #[error("the plan is for {what} with {field} {expected}, this one has {actual}")]
-    Mismatch {
-        /// The model, or an autoencoder by its name.
-        what: String,
-        /// What differs.
-        field: &'static str,
-        /// What the plan says.
-        expected: String,
-        /// What it is.
-        actual: String,
-    },
-    /// The plan says which file the model is, and the caller does not.
-    #[error("the plan is for a model with SHA-256 {expected}: the hash of this one is not given")]
-    UnknownHash {
-        /// The hash.
-        expected: String,
-    },
-    /// A direction that does not fit where it is used.
-    #[error("{place} is {actual} wide, the activations of {point} are {expected}")]
-    Width {
-        /// Where it stands.
-        place: String,
-        /// The hook point.
-        point: HookPoint,
-        /// The width of the activations.
-        expected: usize,
-        /// Its own width.
-        actual: usize,
-    },
-    /// Latents away from where their autoencoder was trained.
-    #[error("{place} is at {actual}, its autoencoder was trained at {expected}")]
-    Layer {
-        /// Where it stands.
-        place: String,
-        /// Where the autoencoder was trained.
-        expected: String,
-        /// Where the plan uses it.
-        actual: HookPoint,
-    },
-    /// A hook point that the model does not have.
-    #[error("step {step} of the plan")]
-    Point {
-        /// Which step, from 0.
-        step: usize,
-        /// What is wrong.
-        source: HookError,
-    },
-    /// A step that cannot be made.
-    #[error("step {step} of the plan")]
-    Step {
-        /// Which step, from 0.
-        step: usize,
-        /// What is wrong.
-        source: SteeringError,
     },
 }
 

@@ -132,6 +132,33 @@ fn what_is_written_reads_back_the_same() {
 }
 
 proptest! {
+    /// Damaged files are read or refused; nothing else happens.
+    #[test]
+    fn damage_is_an_error_or_another_document(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+    ) {
+        let damaged = |mut bytes: Vec<u8>| {
+            for (at, byte) in &changes {
+                let at = at.index(bytes.len());
+                bytes[at] = *byte;
+            }
+            bytes
+        };
+        if let Ok(read) = reread(damaged(vector().to_bytes().unwrap())) {
+            prop_assert!(read.to_bytes().is_ok());
+        }
+        let json = r#"{"steering_plan": 1, "model": {"architecture": "llama", "n_layers": 3,
+            "d_model": 4, "d_vocab": 9}, "steps": [{"points": ["blocks.1.hook_resid_post"],
+            "intervention": {"add": {"direction": [1, -2.5e-3]}},
+            "region": {"from_position": 1}}]}"#;
+        prop_assert!(Plan::from_json(json).is_ok());
+        if let Ok(json) = String::from_utf8(damaged(json.into()))
+            && let Ok(plan) = Plan::from_json(&json)
+        {
+            prop_assert!(plan.to_json().is_ok());
+        }
+    }
+
     #[test]
     fn every_finite_number_survives(bits in prop::collection::vec(any::<u32>(), 1..40)) {
         let direction: Vec<f32> =
