@@ -16,20 +16,18 @@ pub struct Study<'a, M> {
     metric: &'a M,
     conversations: Vec<Vec<u32>>,
     firsts: Vec<usize>,
-    start: Start,
+    start: Option<Start>,
     batch_tokens: usize,
 }
 
+/// Where passes begin, if not with tokens.
 #[derive(Debug, Clone)]
-enum Start {
-    Tokens,
-    Residual {
-        /// Before block `layer`, of all conversations padded to one length.
-        residual: Tensor<3>,
-        layer: usize,
-        /// A point that this residual stream stands at, and no block comes by any more.
-        fires: Option<HookPoint>,
-    },
+struct Start {
+    /// Before block `layer`, of all conversations padded to one length.
+    residual: Tensor<3>,
+    layer: usize,
+    /// A point that this residual stream stands at, and no block comes by any more.
+    fires: Option<HookPoint>,
 }
 
 impl<'a, M: Metric> Study<'a, M> {
@@ -48,7 +46,7 @@ impl<'a, M: Metric> Study<'a, M> {
         TokenBatch::new(conversations, body.config(), body.device())?;
         let conversations: Vec<_> = conversations.iter().map(|ids| ids.as_ref().to_vec()).collect();
         let firsts = vec![0; conversations.len()];
-        let (start, batch_tokens) = (Start::Tokens, Self::BATCH_TOKENS);
+        let (start, batch_tokens) = (None, Self::BATCH_TOKENS);
         Ok(Self { metric, conversations, firsts, start, batch_tokens })
     }
 
@@ -87,7 +85,7 @@ impl<'a, M: Metric> Study<'a, M> {
         let n_layers = body.config().n_layers;
         let (layer, fires) = match point {
             HookPoint::Embed | HookPoint::PosEmbed => {
-                self.start = Start::Tokens;
+                self.start = None;
                 return Ok(self);
             }
             HookPoint::Block { layer, site: Site::ResidPost } => (layer + 1, Some(point)),
@@ -95,7 +93,7 @@ impl<'a, M: Metric> Study<'a, M> {
             HookPoint::LnFinalScale | HookPoint::LnFinalNormalized => (n_layers, None),
         };
         let residual = body.run_until(&self.tokens(&self.all())?, layer, &mut ())?;
-        self.start = Start::Residual { residual, layer, fires };
+        self.start = Some(Start { residual, layer, fires });
         Ok(self)
     }
 
@@ -164,8 +162,8 @@ impl<'a, M: Metric> Study<'a, M> {
             (tokens.positions(0), body.cache(SharedPrefix::default(), &tokens));
         let n_layers = body.config().n_layers;
         let (residual, layer) = match &self.start {
-            Start::Tokens => (body.embed(&tokens, &positions, hook), 0),
-            Start::Residual { residual, layer, fires } => {
+            None => (body.embed(&tokens, &positions, hook), 0),
+            Some(Start { residual, layer, fires }) => {
                 let x = of_rows(residual, rows, positions.n_columns());
                 let x = match *fires {
                     Some(point) if hook.wants(point) => hook.at(point, x, &positions),

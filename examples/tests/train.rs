@@ -477,7 +477,8 @@ fn whatever_differs_from_the_run_before_is_named() {
     let before = fs::read(folder.join("out/metrics.jsonl")).unwrap();
     let config: Value =
         serde_json::from_str(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
-    let changes: [(fn(&mut Value), &str); 5] = [
+    type Change = fn(&mut Value);
+    let changes: [(Change, &str); 5] = [
         (|c| c["saes"][0]["d_sae"] = json!(112), "runs.early.config.d_sae is 112, expected 96"),
         (|c| c["seed"] = json!(4), "seed is 4, expected 3"),
         (|c| c["text"]["n_tokens"] = json!(4000), "data is"),

@@ -421,7 +421,7 @@ mod tests {
         }
         for kind in keys_of::<Objective>().iter().filter(|kind| *kind != "custom") {
             let error = serde_json::from_str::<Objective>(&format!("{{{kind:?}: {{\"?\": 0}}}}"));
-            let error = error.err().expect("refused").to_string();
+            let error = error.expect_err("refused").to_string();
             let at = KEYS.find(&format!("\n  {kind} ")).expect("it was found before");
             for field in error.split('`').skip(3).step_by(2) {
                 assert!(KEYS[at..].contains(field), "{kind}: {field} is not in keys.txt");
