@@ -59,7 +59,7 @@ fn questions_are_read_as_they_are_published() {
     let path = folder.file("a_test.csv", &format!("{header}What?,a,b,c,d,3\n"));
     folder.file("LICENSE", "none of this is a table");
     let expected = question(&["a", "b", "c", "d"], 3);
-    assert_eq!(questions::mmlu(&path).unwrap(), [expected.clone()]);
+    assert_eq!(questions::mmlu(&path).unwrap(), std::slice::from_ref(&expected));
     let all = questions::mmlu(path.parent().unwrap()).unwrap();
     assert_eq!(all, [expected, question(&["e", "f", "g", "h"], 0)]);
 

@@ -337,7 +337,7 @@ fn what_is_wrong_is_said_in_one_line_with_what_to_do() {
     wrong(|c| c["saes"][0]["optimizer"] = json!({"adamw": {}}), &["adamw", "row_lazy_adam"]);
     wrong(|c| c["saes"][0]["optimizer"] = json!({"adam": {"beta": 1}}), &["beta", "beta_1"]);
     wrong(|c| c["saes"][0]["resampling"] = json!({"often": 1}), &["often", "every", "rule"]);
-    wrong(|c| c["saes"][0]["anneal"] = json!({"from": 200}), &["early", "200", "96"]);
+    wrong(|c| c["saes"][0]["anneal"] = json!({"from": 200}), &["early", "200", "d_sae"]);
     wrong(|c| c["saes"][0]["decoder"] = json!("held"), &["held", "free", "unit"]);
     let with = |key: &'static str, value: Value, named: &[&str]| {
         let project = project(|config| sae(config, key, value));

@@ -52,9 +52,10 @@ fn sparsity(random: &mut impl Rng) -> Sparsity {
 fn selecting(selection: Selection, random: &mut impl Rng) -> Kind {
     let rules = [AuxKRule::SaeLens, AuxKRule::Sparsify, AuxKRule::OpenAi];
     let k = random.random::<bool>().then_some(2);
+    let is_grouped = matches!(selection, Selection::GroupMax { .. });
     let aux_k = AuxK { coefficient: 0.8, k, rule: rules[random.random_range(0..3)] };
     Kind::Selecting(Selecting {
-        rescale_by_decoder_norm: random.random(),
+        rescale_by_decoder_norm: random.random::<bool>() && !is_grouped,
         aux_k: random.random_bool(0.7).then_some(aux_k),
         threshold: Some(RunningThreshold::SaeLens { rate: 0.1 }),
         ..Selecting::new(selection)

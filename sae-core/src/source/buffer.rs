@@ -150,15 +150,16 @@ impl<S: ActivationSource> ActivationSource for MixingBuffer<S> {
             return Err(position.refused("what is held in the buffer"));
         };
         let (held, capacity) = (&behind.held, self.mixing.capacity);
-        if held.n_rows() > capacity || !held.fits(self.source.columns()) {
+        // Whether a filling fell short shows in its size: given and held rows are all of it.
+        let filled = position.row.saturating_add(held.n_rows() as u64);
+        let is_possible = filled <= capacity as u64 && position.part < u64::MAX;
+        if !is_possible || !held.fits(self.source.columns()) {
             return Err(position.refused(format!("at most {capacity} rows of its columns held")));
         }
         self.source.seek(&behind.position)?;
         self.slots = held.clone();
         self.order = (0..held.n_rows() as u32).collect();
         (self.filling, self.given) = (position.part, position.row);
-        // Whether a filling fell short shows in its size: given and held rows are all of it.
-        let filled = position.row + held.n_rows() as u64;
         self.source_ended = position.part > 0 && filled < capacity as u64;
         Ok(())
     }

@@ -29,7 +29,7 @@ impl Ages {
         let mut n_active = 0.0;
         for (age, count) in self.rows.iter_mut().zip(counts.iter::<f32>()) {
             n_active += f64::from(count);
-            *age = if count > 0.0 { 0 } else { *age + n };
+            *age = if count > 0.0 { 0 } else { age.saturating_add(n) };
         }
         n_active as usize
     }

@@ -281,7 +281,8 @@ pub fn fit<T>(
     let mut source = MixingBuffer::new(chunks.with_n_rows(15), mixing).expect("possible");
     let config = TrainConfig::new(4, Objective::batch_top_k(2.0)).with_batch(4);
     let transcoder = Some(Transcoder { d_out: 3, skip: true });
-    let transcoder = TrainConfig { transcoder, ..config.clone() };
+    let objective = Objective { apply_b_dec_to_input: false, ..config.objective.clone() };
+    let transcoder = TrainConfig { transcoder, objective, ..config.clone() };
     let runs =
         vec![Run::new("a", "late", config), Run::new("b", "early", transcoder).transcoding("late")];
     let options = FitConfig::new().with_checkpoint_every(SAVED_AT).with_model("none".to_owned());

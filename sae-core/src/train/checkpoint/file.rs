@@ -165,6 +165,12 @@ impl Checkpoint {
         let mut tensors = Tensors { checkpoint: name, file, n_taken: 0 };
         let runs = runs.into_iter().enumerate().map(|(idx, shape)| {
             let state = restore(&run_prefix(idx), &shape, &mut tensors, device)?;
+            let counts = (state.step as u64, state.n_skipped <= state.step);
+            if counts != (step, true) {
+                let expected = format!("{step} of them, some skipped");
+                let actual = format!("{}, {} skipped", state.step, state.n_skipped);
+                return Err(wrong(&format!("{}.step", run_prefix(idx)), expected, actual));
+            }
             Ok(RunState { shape, state })
         });
         let runs = runs.collect::<Result<_, CheckpointError>>()?;

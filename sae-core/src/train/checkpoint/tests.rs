@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 use crate::source::{Behind, Column, Position, Rows};
-use crate::train::{ActivationMatrix, Objective, TrainConfig, Trainer};
+use crate::train::{ActivationMatrix, Objective, TrainConfig, TrainState, Trainer};
 
 fn device() -> Device {
     Device::flex()
@@ -23,7 +23,8 @@ fn checkpoint(step: u64) -> Checkpoint {
     let behind = Behind { position: Position::new(7, 8), held };
     let position = Position { part: 1, row: 2, behind: Some(Box::new(behind)) };
     let shape = RunShape::new("a".to_owned(), 3, trainer.config());
-    let runs = vec![RunState { shape, state: trainer.state().clone() }];
+    let state = TrainState { step: step as usize, ..trainer.state().clone() };
+    let runs = vec![RunState { shape, state }];
     let ahead = Rows::new(&[Column::new("x", 1)], vec![vec![0.5, -0.5]]).expect("two rows");
     Checkpoint {
         identity: json!({ "k": 2, "data": "x" }),
@@ -60,7 +61,7 @@ fn what_is_read_is_what_was_written() {
     let bytes = checkpoint(5).to_bytes();
     let read = Checkpoint::from_bytes("a", &bytes, &device()).expect("whole");
     assert_eq!(read.to_bytes(), bytes);
-    assert_eq!((read.step, read.runs[0].state.step), (5, 2));
+    assert_eq!((read.step, read.runs[0].state.step), (5, 5));
     let behind = read.position.behind.expect("a buffer");
     assert_eq!((behind.position, behind.held.n_rows()), (Position::new(7, 8), 1));
     assert_eq!(read.ahead, checkpoint(5).ahead);

@@ -269,7 +269,7 @@ impl<'a> Fit<'a> {
             resumed: Some(Resumed { checkpoint, step, passed_over }),
             held_out: None,
             // It was, before it was saved.
-            evaluated: step.is_multiple_of(evaluate_every).then_some(step),
+            evaluated: (step == n_steps || step.is_multiple_of(evaluate_every)).then_some(step),
             metrics: None,
             stop: None,
             interrupted: false,

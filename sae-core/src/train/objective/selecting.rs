@@ -110,14 +110,16 @@ pub enum RunningThreshold {
 }
 
 impl Selecting {
-    /// Ranked by what latents write, unless in groups; without AuxK and threshold, searched in full.
+    /// Ranked by what latents write, unless in groups, and found by proposals where each row has its
+    /// own; without AuxK and threshold.
     pub fn new(selection: Selection) -> Self {
+        let search = if selection.is_by_row() { Search::Proposed } else { Search::Full };
         Self {
             rescale_by_decoder_norm: !matches!(selection, Selection::GroupMax { .. }),
             selection,
             aux_k: None,
             threshold: None,
-            search: Search::Full,
+            search,
         }
     }
 
