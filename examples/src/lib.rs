@@ -23,3 +23,8 @@ pub mod results;
 pub mod sets;
 pub mod storage;
 pub mod train;
+
+/// What the README shows has to compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
