@@ -12,9 +12,8 @@ use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
-    adam_step, adam_step_rows, attention, dot_rows, fit_residual, gated, layer_norm, linear,
-    nonlinear, rms_norm, rotary, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows,
-    sparse_sum, top_k,
+    adam_step, attention, dot_rows, fit_residual, gated, layer_norm, linear, nonlinear, rms_norm,
+    rotary, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows, sparse_sum, top_k,
 };
 
 /// Activations of a training step.
@@ -116,12 +115,22 @@ fn optimiser(criterion: &mut Criterion, device: &Device) {
     let mut step = 0;
     let mut group = criterion.benchmark_group("optimiser");
     group.sample_size(10).throughput(Throughput::Elements((D_SAE * D_MODEL) as u64));
-    group.bench_function("adam_step", |b| {
+    for (name, unit_rows) in [("adam_step", false), ("adam_step_unit_rows", true)] {
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let (parameter, state) = now.take().expect("put back after every step");
+                step += 1;
+                let config = AdamConfig { unit_rows, ..AdamConfig::new(4e-4) };
+                now = Some(adam_step(parameter, gradient.clone(), state, step, config));
+            });
+        });
+    }
+    let rows = noise(shape, device);
+    let mut gradient = Some(gradient);
+    group.bench_function("project_rows", |b| {
         b.iter(|| {
-            let (parameter, state) = now.take().expect("put back after every step");
-            step += 1;
-            let config = AdamConfig::new(4e-4);
-            now = Some(adam_step(parameter, gradient.clone(), state, step, config));
+            let projected = project_rows(gradient.take().expect("put back"), rows.clone());
+            gradient = Some(projected);
         });
     });
     group.finish();
@@ -142,12 +151,12 @@ fn row_lazy(criterion: &mut Criterion, device: &Device) {
         let zeros = || Tensor::zeros([WIDE, D_MODEL], device);
         let state = AdamState { first: zeros(), second: zeros() };
         let mut now = Some((noise([WIDE, D_MODEL], device), state));
-        group.bench_function(BenchmarkId::new("adam_step_rows", percent), |b| {
+        group.bench_function(BenchmarkId::new("adam_step", percent), |b| {
             b.iter(|| {
                 let (parameter, state) = now.take().expect("put back after every step");
                 step += 1;
-                let config = AdamConfig::new(4e-4);
-                now = Some(adam_step_rows(parameter, gradient.clone(), state, step, config));
+                let config = AdamConfig { skips_idle_rows: true, ..AdamConfig::new(4e-4) };
+                now = Some(adam_step(parameter, gradient.clone(), state, step, config));
             });
         });
     }

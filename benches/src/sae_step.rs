@@ -7,9 +7,9 @@ use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Distribution, Tensor};
 use kernels::top_k;
 use sae_core::train::{
-    ActivationMatrix, AuxK, AuxKRule, Betas, Gated, GatedAuxiliary, JumpRelu, Kind, Objective,
-    Optimizer, ParameterName, Search, Selecting, Sparsity, SparsityNorm, Standard, StepOutcome,
-    TrainConfig, TrainState,
+    ActivationMatrix, AuxK, AuxKRule, Betas, DecoderNorm, Gated, GatedAuxiliary, JumpRelu, Kind,
+    Objective, Optimizer, ParameterName, Search, Selecting, Sparsity, SparsityNorm, Standard,
+    StepOutcome, TrainConfig, TrainState,
 };
 use serde::Serialize;
 
@@ -48,6 +48,9 @@ pub(crate) struct Options {
     /// Row-lazy Adam in place of Adam: latents without a gradient cost nothing.
     #[arg(long)]
     row_lazy: bool,
+    /// Holds the decoder's rows at norm 1.
+    #[arg(long)]
+    unit_rows: bool,
     /// Steps measured, after three to warm up.
     #[arg(long, default_value_t = 15)]
     steps: usize,
@@ -80,6 +83,7 @@ struct Line {
     /// Share of latents that were dead.
     dead: f64,
     row_lazy: bool,
+    unit_rows: bool,
     tokens_per_s: f64,
     /// Median.
     step_s: f64,
@@ -97,8 +101,9 @@ struct Line {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let &Options { d_in, d_sae, batch, kind, k, dead, steps, full, .. } = options;
-    if full && kind != KindName::Topk {
-        bail!("--full is for --kind topk: the others search in no other way");
+    let selects = matches!(kind, KindName::Topk | KindName::Batchtopk);
+    if full && !selects {
+        bail!("--full is for --kind topk and batchtopk: the others search in no other way");
     }
     ensure!(batch >= SAMPLE, "--batch {batch}: at least {SAMPLE}");
     let device = Device::flex();
@@ -118,21 +123,24 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     let values: Vec<f32> = x.to_data().try_to_vec().expect("f32");
     let matrix = ActivationMatrix::new(&values, d_in)?;
-    let searches: &[Search] = match (kind, full) {
-        (KindName::Topk, true) => &[Search::Full, Search::Proposed],
-        (KindName::Topk, false) => &[Search::Proposed],
-        _ => &[Search::Full],
+    let searches: &[Search] = match (selects, full) {
+        (true, true) => &[Search::Full, Search::Proposed],
+        (true, false) => &[Search::Proposed],
+        (false, _) => &[Search::Full],
     };
     let optimizer = match options.row_lazy {
         true => Optimizer::RowLazyAdam(Betas::new()),
         false => Optimizer::Adam(Betas::new()),
     };
+    let decoder = if options.unit_rows { DecoderNorm::Unit } else { DecoderNorm::Free };
     let aux = dead > 0.0 && !options.without_aux;
     let mut runs = Vec::new();
     for &search in searches {
         let config = TrainConfig::new(d_sae, objective(kind, k, aux, search))
             .with_batch(batch)
             .with_optimizer(optimizer)
+            .with_decoder(decoder)
+            .with_decoder_norm(if options.unit_rows { 1.0 } else { 0.1 })
             .with_clip_norm(Some(1.0))
             .with_dead_after(1);
         let mut state = TrainState::initial(&config, &matrix, None, &device)?;
@@ -164,6 +172,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             l0: run.l0,
             dead,
             row_lazy: options.row_lazy,
+            unit_rows: options.unit_rows,
             tokens_per_s: batch as f64 / step_s,
             step_s,
             encoder_gemm_s,

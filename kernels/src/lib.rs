@@ -13,7 +13,7 @@
 //! | [`rms_norm`], [`nonlinear`], [`gated`], [`rotary`] | fused |
 //! | [`attention`] | fused without a prefix and a soft cap, else through the plain default |
 //! | [`sparse_encode_with`], [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
-//! | [`adam_step`], [`adam_step_rows`], [`fit_residual`] | none |
+//! | [`adam_step`], [`project_rows`], [`fit_residual`] | none |
 
 mod autodiff;
 #[cfg(feature = "flex")]
@@ -25,6 +25,7 @@ mod ndarray;
 mod ops;
 mod plain_attention;
 mod plain_encode;
+mod plain_top_k;
 mod plain_training;
 
 pub use ops::{AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select};
@@ -58,7 +59,8 @@ pub fn top_k(x: Tensor<2>, k: usize) -> (Tensor<2>, Tensor<2, Int>) {
 /// Where rows keep different numbers of entries, `k` is the largest, at least 1, and the rows are
 /// filled up with entries of value zero. Within a row the entries of [`Select::TopK`],
 /// [`Select::TopKSigned`] and [`Select::TopKMagnitude`] come largest first, ties by the lowest
-/// index; the others in any order that does not depend on the number of threads.
+/// index; the others in any order that does not depend on the number of threads. A pre-activation
+/// that is NaN ranks last; a row of nothing else keeps zeros, or NaN where it keeps any sign.
 ///
 /// # Shapes
 /// `x`: `[n, d]`, `w`: `[d, m]`, `bias` and `by`: `[m]`; values and indices: `[n, k]`.
@@ -425,37 +427,17 @@ pub fn adam_step(
     )
 }
 
-/// [`adam_step`] for the rows whose gradient is not zero everywhere. The others stay as they are,
-/// moments included: another optimiser, whose cost falls with the share of rows that it moves.
+/// `gradient[i] − rows[i] · ⟨gradient[i], rows[i]⟩ / ‖rows[i]‖²`: a gradient without what would change
+/// the norms of rows. Where a row is zero, it stays. Works in place where it can.
 ///
 /// # Shapes
 /// All of them `[n, m]`.
 ///
 /// # Panics
-/// If the shapes differ or `step` is zero.
-pub fn adam_step_rows(
-    parameter: Tensor<2>,
-    gradient: Tensor<2>,
-    state: AdamState,
-    step: usize,
-    config: AdamConfig,
-) -> (Tensor<2>, AdamState) {
-    assert_eq!(parameter.dims(), gradient.dims(), "adam_step_rows: gradient");
-    assert_eq!(parameter.dims(), state.first.dims(), "adam_step_rows: moments");
-    assert_eq!(parameter.dims(), state.second.dims(), "adam_step_rows: moments");
-    assert!(step > 0, "adam_step_rows: steps count from 1");
-    let (parameter, first, second) = Dispatch::adam_step_rows(
-        parameter.into_dispatch(),
-        gradient.into_dispatch(),
-        state.first.into_dispatch(),
-        state.second.into_dispatch(),
-        step,
-        config,
-    );
-    (
-        Tensor::from_dispatch(parameter),
-        AdamState { first: Tensor::from_dispatch(first), second: Tensor::from_dispatch(second) },
-    )
+/// If the shapes differ.
+pub fn project_rows(gradient: Tensor<2>, rows: Tensor<2>) -> Tensor<2> {
+    assert_eq!(gradient.dims(), rows.dims(), "project_rows: the gradient does not fit the rows");
+    Tensor::from_dispatch(Dispatch::project_rows(gradient.into_dispatch(), rows.into_dispatch()))
 }
 
 /// What [`fit_residual`] finds.

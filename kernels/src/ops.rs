@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::plain_attention::{plain_attention, plain_attention_backward};
 use crate::plain_encode::plain_encode;
-use crate::plain_training::{plain_adam_step_rows, plain_fit_residual, products_of};
+use crate::plain_top_k::plain_top_k;
+use crate::plain_training::{plain_adam_step, plain_fit_residual, plain_project_rows, products_of};
 
 /// The constants of an Adam step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,12 +25,26 @@ pub struct AdamConfig {
     pub epsilon: f64,
     /// What the gradient is multiplied by first, to clip it.
     pub gradient_scale: f64,
+    /// Whether rows whose gradient is zero everywhere stay as they are, moments included: another
+    /// optimiser, whose cost falls with the share of rows that it moves.
+    pub skips_idle_rows: bool,
+    /// Whether rows that moved are brought to norm 1, unless they are zero.
+    pub unit_rows: bool,
 }
 
 impl AdamConfig {
-    /// The usual constants: betas 0.9 and 0.999, epsilon 1e-8, the gradient as it is.
+    /// The usual constants: betas 0.9 and 0.999, epsilon 1e-8, the gradient as it is; rows mean
+    /// nothing.
     pub fn new(learning_rate: f64) -> Self {
-        Self { learning_rate, beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, gradient_scale: 1.0 }
+        Self {
+            learning_rate,
+            beta_1: 0.9,
+            beta_2: 0.999,
+            epsilon: 1e-8,
+            gradient_scale: 1.0,
+            skips_idle_rows: false,
+            unit_rows: false,
+        }
     }
 }
 
@@ -106,9 +121,10 @@ pub enum Search {
     /// By a product in 16-bit integers with a bound of its error; what may be kept by it is computed
     /// anew in f32.
     ///
-    /// For [`Select::TopK`], [`Select::TopKSigned`] and [`Select::TopKMagnitude`] that keep at most one
-    /// of 16 entries of at least 256 rows, on `flex`, on processors with AVX2 and FMA. Everything else,
-    /// and batches with numbers that are not finite, are searched in full.
+    /// For [`Select::TopK`], [`Select::TopKSigned`], [`Select::TopKMagnitude`] and
+    /// [`Select::BatchTopK`] that keep at most one of 16 entries of at least 256 rows, on `flex`, on
+    /// processors with AVX2 and FMA. Everything else, and batches with numbers that are not finite, are
+    /// searched in full.
     Proposed,
 }
 
@@ -122,17 +138,7 @@ pub enum Search {
 )]
 pub trait KernelOps: Backend {
     fn top_k(x: FloatTensor<Self>, k: usize) -> (FloatTensor<Self>, IntTensor<Self>) {
-        let int = get_or_init_device_settings::<Self>(&x.device()).int_dtype;
-        // NaN ranks last: comparisons with NaN differ between backends' sorts.
-        let nan = Self::float_is_nan(
-            x.clone(),
-            get_or_init_device_settings::<Self>(&x.device()).bool_dtype,
-        );
-        let x = Self::float_mask_fill(x, nan, f32::NEG_INFINITY.into());
-        // A stable descending sort of indices keeps the lowest index first among equals.
-        let (sorted, indices) = Self::float_sort_with_indices(x, 1, true, int);
-        let head = [all(), burn::tensor::Slice::new(0, Some(k as isize), 1)];
-        (Self::float_slice(sorted, &head), Self::int_slice(indices, &head))
+        plain_top_k::<Self>(x, k)
     }
 
     fn sparse_encode(
@@ -431,35 +437,11 @@ pub trait KernelOps: Backend {
         step: usize,
         config: AdamConfig,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let AdamConfig { learning_rate, beta_1, beta_2, epsilon, gradient_scale } = config;
-        let gradient = Self::float_mul_scalar(gradient, gradient_scale.into());
-        let blend = |old, new, beta: f64| {
-            Self::float_add(
-                Self::float_mul_scalar(old, beta.into()),
-                Self::float_mul_scalar(new, (1.0 - beta).into()),
-            )
-        };
-        let first = blend(first, gradient.clone(), beta_1);
-        let second = blend(second, Self::float_mul(gradient.clone(), gradient), beta_2);
-        let (correction_1, correction_2) = bias_corrections(&config, step);
-        let root =
-            Self::float_sqrt(Self::float_mul_scalar(second.clone(), (1.0 / correction_2).into()));
-        let update = Self::float_div(
-            Self::float_mul_scalar(first.clone(), (learning_rate / correction_1).into()),
-            Self::float_add_scalar(root, epsilon.into()),
-        );
-        (Self::float_sub(parameter, update), first, second)
+        plain_adam_step::<Self>(parameter, gradient, [first, second], step, config)
     }
 
-    fn adam_step_rows(
-        parameter: FloatTensor<Self>,
-        gradient: FloatTensor<Self>,
-        first: FloatTensor<Self>,
-        second: FloatTensor<Self>,
-        step: usize,
-        config: AdamConfig,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        plain_adam_step_rows::<Self>(parameter, gradient, [first, second], step, config)
+    fn project_rows(gradient: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
+        plain_project_rows::<Self>(gradient, rows)
     }
 
     fn fit_residual(
@@ -473,12 +455,6 @@ pub trait KernelOps: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         plain_fit_residual::<Self>(x, products, [bias, by], rows, residual, select)
     }
-}
-
-/// `1 − β₁ᵗ` and `1 − β₂ᵗ`.
-pub(crate) fn bias_corrections(config: &AdamConfig, step: usize) -> (f64, f64) {
-    let step = step as f64;
-    (1.0 - config.beta_1.powf(step), 1.0 - config.beta_2.powf(step))
 }
 
 pub(crate) fn dims<const D: usize>(tensor: &impl TensorMetadata) -> [usize; D] {

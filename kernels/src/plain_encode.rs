@@ -20,7 +20,7 @@ pub(crate) fn plain_encode<B: KernelOps>(
     match select {
         Select::TopK(k) => {
             let (_, indices) = B::top_k(B::float_mul(pre.clone(), by), k);
-            (B::relu(B::float_gather(1, pre, indices.clone())), indices)
+            (rectified::<B>(B::float_gather(1, pre, indices.clone())), indices)
         }
         Select::TopKSigned(k) => {
             let (_, indices) = B::top_k(B::float_mul(pre.clone(), by), k);
@@ -34,7 +34,7 @@ pub(crate) fn plain_encode<B: KernelOps>(
             let firsts = B::int_from_data(TensorData::new(firsts, [1, k]), &pre.device());
             let firsts = B::int_cast(firsts, within.dtype().into());
             let indices = B::int_add(B::int_reshape(within, Shape::new([n, k])), firsts);
-            (B::relu(B::float_gather(1, pre, indices.clone())), indices)
+            (rectified::<B>(B::float_gather(1, pre, indices.clone())), indices)
         }
         Select::TopKMagnitude(k) => {
             let (_, indices) = B::top_k(B::float_abs(B::float_mul(pre.clone(), by)), k);
@@ -45,7 +45,7 @@ pub(crate) fn plain_encode<B: KernelOps>(
             let [n, m] = dims(&ranked);
             let flat = B::float_reshape(ranked, Shape::new([1, n * m]));
             let (largest, indices) = B::top_k(flat.clone(), n_kept);
-            let zeros = B::float_mul_scalar(flat, 0.0.into());
+            let zeros = B::float_zeros(flat.shape(), &flat.device(), flat.dtype().into());
             let is_kept =
                 B::float_scatter(1, zeros, indices, sign::<B>(largest), IndexingUpdateOp::Add);
             kept::<B>(pre, B::float_reshape(is_kept, Shape::new([n, m])))
@@ -55,6 +55,13 @@ pub(crate) fn plain_encode<B: KernelOps>(
             kept::<B>(pre, is_kept)
         }
     }
+}
+
+/// What is above zero, and zero for everything else: for NaN too, which a backend's own ReLU may keep.
+fn rectified<B: KernelOps>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let bools = get_or_init_device_settings::<B>(&x.device()).bool_dtype;
+    let is_above = B::float_greater_elem(x.clone(), 0.0.into(), bools);
+    B::float_mask_fill(x, B::bool_not(is_above), 0.0.into())
 }
 
 /// 1 above zero, 0 elsewhere.
@@ -72,5 +79,10 @@ fn kept<B: KernelOps>(
     let counts = B::float_max(B::float_sum_dim(is_kept.clone(), 1));
     let data = burn::tensor::read_sync(B::float_into_data(counts)).expect("a number");
     let k = data.iter::<f32>().next().expect("one number") as usize;
-    B::top_k(B::float_mul(pre, is_kept), k.max(1))
+    let bools = get_or_init_device_settings::<B>(&pre.device()).bool_dtype;
+    let is_left_out = B::float_equal_elem(is_kept.clone(), 0.0.into(), bools);
+    let (_, indices) = B::top_k(is_kept, k.max(1));
+    // Not a product: what is not kept may be NaN.
+    let kept = B::float_mask_fill(pre, is_left_out, 0.0.into());
+    (B::float_gather(1, kept, indices.clone()), indices)
 }

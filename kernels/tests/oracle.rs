@@ -6,8 +6,19 @@ use kernels::{
 };
 use proptest::prelude::*;
 
+/// With kernels of its own.
 fn device() -> Device {
     Device::flex()
+}
+
+/// With the plain defaults and nothing else.
+#[allow(deprecated)]
+fn plain_device() -> Device {
+    Device::ndarray()
+}
+
+fn devices() -> impl Strategy<Value = Device> {
+    prop_oneof![Just(device()), Just(plain_device())]
 }
 
 /// Numbers in [−1, 1) that depend on the seed alone.
@@ -104,9 +115,9 @@ fn written_out(x: Tensor<2>, f: Nonlinearity) -> Tensor<2> {
     }
 }
 
-/// Many cases of what decides which latents there are: 10,000 in these three.
+/// Many cases of what decides which latents there are: 10,000 for each device in these three.
 fn many() -> ProptestConfig {
-    ProptestConfig::with_cases(4_000)
+    ProptestConfig::with_cases(8_000)
 }
 
 /// What `sparse_encode` is put to.
@@ -163,11 +174,12 @@ proptest! {
 
     #[test]
     fn top_k_is_a_sorted_prefix(
-        n in 1..6usize, m in 1..300usize, kept in prop_oneof![kept(), 1..40usize], levels in 0..50i32, seed: u64,
+        n in 1..6usize, m in 1..300usize, kept in prop_oneof![kept(), 1..40usize], levels in 0..50i32, device in devices(),
+        seed: u64,
     ) {
         let k = kept.min(m);
         // Few levels make many ties; with none, all are equal.
-        let x = (noise([n, m], seed, &device()) * levels as f64).round();
+        let x = (noise([n, m], seed, &device) * levels as f64).round();
         let (values, indices) = kernels::top_k(x.clone(), k);
         let (naive_values, naive_indices) = naive_top_k(&floats(x), m, k);
         prop_assert_eq!(ints(indices), naive_indices);
@@ -176,9 +188,10 @@ proptest! {
 
     #[test]
     fn sparse_encode_keeps_what_plain_tensors_keep(
-        (n, d, m) in (1..40usize, 1..20usize, 1..90usize), input in inputs(), which in 0..6, kept in kept(), seed: u64,
+        (n, d, m) in (1..40usize, 1..20usize, 1..90usize), input in inputs(), which in 0..6, kept in kept(),
+        device in devices(), seed: u64,
     ) {
-        let device = device().autodiff();
+        let device = device.autodiff();
         let select = match which {
             0 => Select::TopK(kept.min(m)),
             1 => Select::TopKMagnitude(kept.min(m)),
@@ -232,12 +245,13 @@ proptest! {
 
     #[test]
     fn proposed_entries_are_those_of_a_full_search(
-        (n, d, m) in (250..300usize, 1..70usize, 60..400usize), input in inputs(), which in 0..3usize, kept in kept(),
+        (n, d, m) in (250..300usize, 1..70usize, 60..400usize), input in inputs(), which in 0..4usize, kept in kept(),
         transposed: bool, outlier in 0..4, seed: u64,
     ) {
         let device = device();
         let k = kept.min(m / 16).max(1);
-        let select = [Select::TopK(k), Select::TopKSigned(k), Select::TopKMagnitude(k)][which];
+        let of_batch = Select::BatchTopK((k * n).min(n * m / 16));
+        let select = [Select::TopK(k), Select::TopKSigned(k), Select::TopKMagnitude(k), of_batch][which];
         let (x, w, bias, by) = encoder(input, [n, d, m], seed, &device);
         // One dimension that dwarfs the others; rows of zeros; factors below zero.
         let x = match outlier {
@@ -261,8 +275,10 @@ fn proposed_entries_have_the_bits_of_the_blocked_product() {
     {
         let (x, w) = (noise([n, d], 1, &device), noise([m, d], 2, &device).transpose());
         let (bias, by) = (noise([m], 3, &device), noise([m], 4, &device).abs() + 0.1);
-        let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::TopKSigned(4));
-        assert_eq!(full, proposed, "{d}");
+        for select in [Select::TopKSigned(4), Select::BatchTopK(4 * n)] {
+            let [full, proposed] = both_searches(&x, &w, &bias, &by, select);
+            assert_eq!(full, proposed, "{d}, {select:?}");
+        }
     }
 }
 
@@ -275,11 +291,14 @@ fn threads_do_not_change_what_is_proposed() {
     let found = [1, 2, 5].map(|n_threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
         let (x, w, bias, by) = (x.clone(), w.clone(), bias.clone(), by.clone());
-        pool.install(move || both_searches(&x, &w, &bias, &by, Select::TopK(7)))
+        let selections = [Select::TopK(7), Select::BatchTopK(7 * n)];
+        pool.install(move || selections.map(|select| both_searches(&x, &w, &bias, &by, select)))
     });
-    for [full, proposed] in &found {
-        assert_eq!(full, &found[0][0]);
-        assert_eq!(proposed, &found[0][0]);
+    for found_by in &found {
+        for ([full, proposed], [expected, _]) in found_by.iter().zip(&found[0]) {
+            assert_eq!(full, expected);
+            assert_eq!(proposed, expected);
+        }
     }
 }
 
@@ -301,8 +320,12 @@ fn what_cannot_be_proposed_is_searched_in_full() {
         let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::TopKSigned(4));
         assert_eq!(full, proposed, "{odd}");
     }
-    let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::BatchTopK(4 * n));
-    assert_eq!(full, proposed);
+    // Rows so unlike each other that no bar can be guessed; and fewer above zero than are wanted.
+    let few = Tensor::cat(vec![x.clone().narrow(0, 0, 4) * 1e3, x.clone().narrow(0, 4, n - 4)], 0);
+    for (x, bias) in [(few, bias.clone()), (x, bias - 1e3)] {
+        let [full, proposed] = both_searches(&x, &w, &bias, &by, Select::BatchTopK(2 * m));
+        assert_eq!(full, proposed);
+    }
 }
 
 #[test]
@@ -329,8 +352,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn sparse_decode_is_a_dense_product(n in 1..20usize, d in 1..50usize, m in 1..60usize, k in 1..9usize, seed: u64) {
-        let (k, device) = (k.min(m), device().autodiff());
+    fn sparse_decode_is_a_dense_product(n in 1..20usize, d in 1..50usize, m in 1..60usize, k in 1..9usize, device in devices(), seed: u64) {
+        let (k, device) = (k.min(m), device.autodiff());
         let indices = some_indices(n, k, m, seed, &device);
         let values = noise([n, k], seed ^ 1, &device).require_grad();
         let rows = noise([m, d], seed ^ 2, &device).require_grad();
@@ -348,8 +371,8 @@ proptest! {
     }
 
     #[test]
-    fn gradients_of_rows_match_written_out_tensors(n in 1..12usize, d in 1..40usize, seed: u64) {
-        let device = device().autodiff();
+    fn gradients_of_rows_match_written_out_tensors(n in 1..12usize, d in 1..40usize, device in devices(), seed: u64) {
+        let device = device.autodiff();
         let leaf = |salt| (noise::<2>([n, d], seed ^ salt, &device) * 3.0).detach().require_grad();
         let weight = noise::<2>([n, d], seed ^ 9, &device);
         for f in [Nonlinearity::Silu, Nonlinearity::Gelu, Nonlinearity::GeluTanh, Nonlinearity::Relu] {
@@ -379,9 +402,10 @@ proptest! {
     #[test]
     fn gradients_of_heads_match_written_out_tensors(
         batch in 1..3usize, n in 1..20usize, past in 0..9usize, kv_heads in 1..3usize,
-        group in 1..4usize, wide: bool, window in prop::option::of(1..12usize), seed: u64,
+        group in 1..4usize, wide: bool, window in prop::option::of(1..12usize),
+        device in devices(), seed: u64,
     ) {
-        let (device, d_head) = (device().autodiff(), if wide { 16 } else { 6 });
+        let (device, d_head) = (device.autodiff(), if wide { 16 } else { 6 });
         let own = past + n;
         let leaf = |shape: [usize; 4], salt| (noise::<4>(shape, seed ^ salt, &device) * 2.0).detach().require_grad();
         let q = leaf([batch, n, kv_heads * group, d_head], 1);
@@ -473,9 +497,9 @@ proptest! {
 
     #[test]
     fn rotary_is_complex_multiplication(
-        batch in 1..4usize, pos in 1..6usize, heads in 1..4usize, half in 1..9usize, rest in 0..4usize, seed: u64,
+        batch in 1..4usize, pos in 1..6usize, heads in 1..4usize, half in 1..9usize, rest in 0..4usize,
+        device in devices(), seed: u64,
     ) {
-        let device = device();
         let d_head = 2 * half + rest;
         let angles = noise::<3>([batch, pos, half], seed, &device) * 9.0;
         let x = noise([batch, pos, heads, d_head], seed ^ 1, &device);
@@ -520,8 +544,7 @@ proptest! {
     }
 
     #[test]
-    fn adam_matches_the_textbook(n in 1..8usize, m in 1..20usize, seed: u64) {
-        let device = device();
+    fn adam_matches_the_textbook(n in 1..8usize, m in 1..20usize, device in devices(), seed: u64) {
         let config = AdamConfig::new(0.01);
         let draw = |salt| noise::<2>([n, m], seed ^ salt, &device);
         let (mut w, mut state) = (draw(1), AdamState { first: draw(9) * 0.0, second: draw(9) * 0.0 });
@@ -558,8 +581,40 @@ fn rotary_turns_the_pairs_that_it_names() {
 #[test]
 fn nan_ranks_last_and_ties_go_to_the_lowest_index() {
     let row = [f32::NAN, 1.0, f32::NEG_INFINITY, 1.0, -0.0, 0.0, 1.0];
-    let x = Tensor::<2>::from_data(TensorData::new(row.to_vec(), [1, 7]), &device());
-    assert_eq!(ints(kernels::top_k(x, 5).1), [1, 3, 6, 4, 5]);
+    for device in [device(), plain_device()] {
+        let x = Tensor::<2>::from_data(TensorData::new(row.to_vec(), [1, 7]), &device);
+        assert_eq!(ints(kernels::top_k(x, 5).1), [1, 3, 6, 4, 5]);
+    }
+}
+
+#[test]
+fn a_pre_activation_that_is_nan_is_none_of_those_kept() {
+    let (n, d, m) = (3, 2, 8);
+    let selections = [
+        Select::TopK(3),
+        Select::TopKSigned(3),
+        Select::TopKMagnitude(3),
+        Select::BatchTopK(6),
+        Select::GroupMax(4),
+        Select::Above,
+    ];
+    for device in [device(), plain_device()] {
+        for select in selections {
+            let x = noise([n, d], 1, &device).slice_fill([2..3, 0..2], f32::NAN);
+            let bias = noise::<1>([m], 3, &device).slice_fill([4..5], f32::NAN);
+            let (w, by) = (noise([d, m], 2, &device), Tensor::ones([m], &device));
+            let (values, indices) = kernels::sparse_encode(x, w, bias, by * 0.01, select);
+            let [_, k] = values.dims();
+            let rows: Vec<f32> = floats(values);
+            let (numbers, nothing) = rows.split_at(2 * k);
+            assert!(numbers.iter().all(|value| value.is_finite()), "{select:?}: {rows:?}");
+            let any_sign = matches!(select, Select::TopKSigned(_) | Select::TopKMagnitude(_));
+            let expected = |value: &f32| if any_sign { value.is_nan() } else { *value == 0.0 };
+            assert!(nothing.iter().all(expected), "{select:?} on {device:?}: {rows:?}");
+            let named = ints(indices).into_iter().zip(&rows).take(2 * k);
+            assert!(named.into_iter().all(|(index, value)| index != 4 || *value == 0.0));
+        }
+    }
 }
 
 #[test]

@@ -16,8 +16,22 @@ fn noise(n: usize, seed: u64) -> Vec<f32> {
     (0..n).map(|_| draw()).collect()
 }
 
+/// With the plain defaults and nothing else.
+#[allow(deprecated)]
+fn plain_device() -> Device {
+    Device::ndarray()
+}
+
+fn devices() -> impl Strategy<Value = Device> {
+    prop_oneof![Just(Device::flex()), Just(plain_device())]
+}
+
 fn tensor<const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values.to_vec(), shape), &Device::flex())
+    on(&Device::flex(), values, shape)
+}
+
+fn on<const D: usize>(device: &Device, values: &[f32], shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
 }
 
 fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
@@ -61,13 +75,17 @@ impl Problem {
     }
 
     fn fit(&self) -> ResidualFit {
+        self.fit_on(&Device::flex())
+    }
+
+    fn fit_on(&self, device: &Device) -> ResidualFit {
         let &Self { n, m, d, d_in, .. } = self;
         kernels::fit_residual(
-            tensor(&self.x, [n, d_in]),
-            tensor(&self.products, [n, m]),
-            [tensor(&self.bias, [m]), tensor(&self.by, [m])],
-            tensor(&self.rows, [m, d]),
-            tensor(&self.residual, [n, d]),
+            on(device, &self.x, [n, d_in]),
+            on(device, &self.products, [n, m]),
+            [on(device, &self.bias, [m]), on(device, &self.by, [m])],
+            on(device, &self.rows, [m, d]),
+            on(device, &self.residual, [n, d]),
             self.select,
         )
     }
@@ -116,8 +134,8 @@ impl Problem {
         [squares, by_rows, by_w, by_bias]
     }
 
-    fn check(&self) {
-        let ResidualFit { squares, rows, w, bias } = self.fit();
+    fn check(&self, device: &Device) {
+        let ResidualFit { squares, rows, w, bias } = self.fit_on(device);
         let found = [floats(squares), floats(rows), floats(w), floats(bias)];
         for (which, (found, expected)) in found.iter().zip(self.expected()).enumerate() {
             let largest = expected.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
@@ -142,15 +160,19 @@ proptest! {
         (n, m, d, d_in) in (1..30usize, 1..70usize, 1..20usize, 1..20usize),
         (which, k) in (0..3usize, 1..80usize),
         levels in 1..40u32,
+        device in devices(),
         seed: u64,
     ) {
-        Problem::new([n, m, d, d_in], levels as f32, select(which, k.min(m)), seed).check();
+        let select = select(which, k.min(m));
+        Problem::new([n, m, d, d_in], levels as f32, select, seed).check(&device);
     }
 
     #[test]
     fn an_encoder_shows_the_products_that_it_makes(
-        (n, d, m) in (1..1200usize, 1..9usize, 1..60usize), which in 0..5usize, k in 1..9usize, seed: u64,
+        (n, d, m) in (1..1200usize, 1..9usize, 1..60usize), which in 0..5usize, k in 1..9usize,
+        device in devices(), seed: u64,
     ) {
+        let tensor = |values: &[f32], shape| on::<2>(&device, values, shape);
         let select = [
             Select::TopK(k.min(m)),
             Select::TopKSigned(k.min(m)),
@@ -159,12 +181,12 @@ proptest! {
             Select::Above,
         ][which];
         let (x, w) = (tensor(&noise(n * d, seed ^ 1), [n, d]), tensor(&noise(m * d, seed ^ 2), [m, d]).transpose());
-        let bias = || tensor(&noise(m, seed ^ 3), [m]);
-        let by = || tensor(&noise(m, seed ^ 4), [m]).abs() + 0.1;
+        let bias = || on(&device, &noise(m, seed ^ 3), [m]);
+        let by = || on(&device, &noise(m, seed ^ 4), [m]).abs() + 0.1;
         let columns: Vec<i64> = (0..m as i64).filter(|l| (seed >> (l % 61)) & 1 == 1).collect();
         prop_assume!(!columns.is_empty());
         let n_columns = columns.len();
-        let among = Tensor::from_data(TensorData::new(columns, [n_columns]), &Device::flex());
+        let among = Tensor::from_data(TensorData::new(columns, [n_columns]), &device);
         let (values, indices, products) = kernels::sparse_encode_with(
             x.clone(), w.clone(), [bias(), by()], select, among,
         );
@@ -181,8 +203,9 @@ proptest! {
 
     #[test]
     fn adam_by_rows_is_adam_where_there_is_a_gradient(
-        n in 1..40usize, m in 1..150usize, idle in 0..4u32, seed: u64,
+        n in 1..40usize, m in 1..150usize, idle in 0..4u32, device in devices(), seed: u64,
     ) {
+        let tensor = |values: &[f32], shape| on::<2>(&device, values, shape);
         let is_idle = |row: usize| (seed >> (row % 61)) & 3 < u64::from(idle);
         let mut gradient = noise(n * m, seed ^ 1);
         for (row, gradient) in gradient.chunks_mut(m).enumerate() {
@@ -197,9 +220,10 @@ proptest! {
         let draw = |salt| tensor(&noise(n * m, seed ^ salt), [n, m]);
         let state = || AdamState { first: draw(3), second: draw(4).abs() };
         let config = AdamConfig { gradient_scale: 0.5, ..AdamConfig::new(0.01) };
+        let by_row = AdamConfig { skips_idle_rows: true, ..config };
         let g = tensor(&gradient, [n, m]);
         let (all, all_state) = kernels::adam_step(draw(2), g.clone(), state(), 3, config);
-        let (some, some_state) = kernels::adam_step_rows(draw(2), g, state(), 3, config);
+        let (some, some_state) = kernels::adam_step(draw(2), g, state(), 3, by_row);
         let moved = [(all, some), (all_state.first, some_state.first), (all_state.second, some_state.second)];
         for ((all, some), before) in moved.into_iter().zip([draw(2), draw(3), draw(4).abs()]) {
             let (all, some, before) = (floats(all), floats(some), floats(before));
@@ -212,11 +236,54 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn rows_are_held_at_norm_1(
+        n in 1..40usize, m in 1..150usize, skips_idle_rows: bool, device in devices(), seed: u64,
+    ) {
+        let draw = |salt| on::<2>(&device, &noise(n * m, seed ^ salt), [n, m]);
+        let has = |salt: u64| {
+            let on_or_off: Vec<f32> = (0..n as u64).map(|row| f32::from((seed ^ salt) >> (row % 61) & 3 != 0)).collect();
+            on::<2>(&device, &on_or_off, [n, 1])
+        };
+        // Some rows of zeros, some without a gradient.
+        let (rows, gradient) = (draw(1) * has(2), draw(3) * has(4));
+        let projected = kernels::project_rows(gradient.clone(), rows.clone());
+        let along = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let (rows_were, gradient_was, is) = (floats(rows.clone()), floats(gradient.clone()), floats(projected.clone()));
+        for row in 0..n {
+            let [w, g, is] = [&rows_were, &gradient_was, &is].map(|x| &x[row * m..(row + 1) * m]);
+            let share = match along(w, w) { 0.0 => 0.0, squares => along(g, w) / squares };
+            for ((w, g), is) in w.iter().zip(g).zip(is) {
+                let expected = f64::from(*g) - share * f64::from(*w);
+                prop_assert!((f64::from(*is) - expected).abs() < 1e-5, "{} for {}", is, expected);
+            }
+        }
+        let zeros = || AdamState { first: draw(1) * 0.0, second: draw(1) * 0.0 };
+        let config = AdamConfig { skips_idle_rows, ..AdamConfig::new(0.01) };
+        let unit = AdamConfig { unit_rows: true, ..config };
+        let (free, free_state) = kernels::adam_step(rows.clone(), projected.clone(), zeros(), 1, config);
+        let (held, held_state) = kernels::adam_step(rows, projected.clone(), zeros(), 1, unit);
+        prop_assert_eq!(floats(free_state.second), floats(held_state.second));
+        let (free, held, gradient) = (floats(free), floats(held), floats(projected));
+        for row in 0..n {
+            let [free, held, gradient] = [&free, &held, &gradient].map(|x| &x[row * m..(row + 1) * m]);
+            let is_idle = skips_idle_rows && gradient.iter().all(|g| *g == 0.0);
+            let norm = match along(free, free).sqrt() { norm if is_idle || norm == 0.0 => 1.0, norm => norm };
+            for (free, held) in free.iter().zip(held) {
+                prop_assert!((f64::from(*held) - f64::from(*free) / norm).abs() < 1e-6, "{} for {}", held, free);
+            }
+        }
+    }
+}
+
 /// More rows than the kernel takes at a time, and not a multiple of them.
 #[test]
 fn tiles_of_rows_add_up() {
     for which in 0..3 {
-        Problem::new([2500, 9, 5, 7], 1e4, select(which, 4), 3).check();
+        Problem::new([2500, 9, 5, 7], 1e4, select(which, 4), 3).check(&Device::flex());
     }
 }
 
@@ -244,29 +311,31 @@ fn a_fit_is_of_selections_by_rows() {
     Problem::new([2, 4, 3, 3], 8.0, Select::Above, 1).fit();
 }
 
-fn indices(values: Vec<i64>, shape: [usize; 2]) -> Tensor<2, burn::tensor::Int> {
-    Tensor::from_data(TensorData::new(values, shape), &Device::flex())
+fn indices(device: &Device, values: Vec<i64>, shape: [usize; 2]) -> Tensor<2, burn::tensor::Int> {
+    Tensor::from_data(TensorData::new(values, shape), device)
 }
 
 /// What a row names twice counts twice.
 #[test]
 fn entries_that_are_named_twice_add_up() {
-    let named = || indices(vec![2, 2, 0], [1, 3]);
-    let values = || tensor(&[1.0, 10.0, 5.0], [1, 3]);
-    let rows = tensor(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [3, 2]);
-    let x = tensor(&[1.0, 2.0], [1, 2]);
-    let decoded = kernels::sparse_decode(named(), values(), rows.clone());
-    assert_eq!(floats(decoded), [11.0 * 5.0 + 5.0, 11.0 * 6.0 + 10.0]);
-    assert_eq!(floats(kernels::sparse_dot(named(), rows, x.clone())), [17.0, 17.0, 5.0]);
-    let by_rows = kernels::sparse_grad_rows(named(), values(), x, 3);
-    assert_eq!(floats(by_rows), [5.0, 10.0, 0.0, 0.0, 11.0, 22.0]);
-    assert_eq!(floats(kernels::sparse_sum(named(), values(), 3)), [5.0, 0.0, 11.0]);
+    for device in [Device::flex(), plain_device()] {
+        let named = || indices(&device, vec![2, 2, 0], [1, 3]);
+        let values = || on(&device, &[1.0, 10.0, 5.0], [1, 3]);
+        let rows = on(&device, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [3, 2]);
+        let x = on(&device, &[1.0, 2.0], [1, 2]);
+        let decoded = kernels::sparse_decode(named(), values(), rows.clone());
+        assert_eq!(floats(decoded), [11.0 * 5.0 + 5.0, 11.0 * 6.0 + 10.0]);
+        assert_eq!(floats(kernels::sparse_dot(named(), rows, x.clone())), [17.0, 17.0, 5.0]);
+        let by_rows = kernels::sparse_grad_rows(named(), values(), x, 3);
+        assert_eq!(floats(by_rows), [5.0, 10.0, 0.0, 0.0, 11.0, 22.0]);
+        assert_eq!(floats(kernels::sparse_sum(named(), values(), 3)), [5.0, 0.0, 11.0]);
+    }
 }
 
 #[test]
 fn indices_out_of_range_are_refused_by_every_operation() {
     for bad in [-1, 3, i64::from(i32::MAX)] {
-        let named = || indices(vec![0, bad], [1, 2]);
+        let named = || indices(&Device::flex(), vec![0, bad], [1, 2]);
         let values = || tensor(&[1.0, 1.0], [1, 2]);
         let rows = || tensor(&[1.0; 6], [3, 2]);
         let x = || tensor(&[1.0, 2.0], [1, 2]);

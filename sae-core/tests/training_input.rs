@@ -17,8 +17,12 @@ fn noise(n: usize) -> Vec<f32> {
 }
 
 fn rows(values: &[f32]) -> Tensor<2> {
+    rows_on(&Device::flex(), values)
+}
+
+fn rows_on(device: &Device, values: &[f32]) -> Tensor<2> {
     let data = TensorData::new(values.to_vec(), [values.len() / D_IN, D_IN]);
-    Tensor::from_data(data, &Device::flex())
+    Tensor::from_data(data, device)
 }
 
 fn selecting(selection: Selection, rule: AuxKRule) -> Kind {
@@ -74,9 +78,13 @@ fn config(objective: Objective, batch: usize) -> TrainConfig {
 }
 
 fn start(config: &TrainConfig) -> TrainState {
+    start_on(&Device::flex(), config)
+}
+
+fn start_on(device: &Device, config: &TrainConfig) -> TrainState {
     let values = noise(64);
     let matrix = ActivationMatrix::new(&values, D_IN).expect("whole rows");
-    TrainState::initial(config, &matrix, None, &Device::flex()).expect("valid")
+    TrainState::initial(config, &matrix, None, device).expect("valid")
 }
 
 fn bits(state: &TrainState) -> Vec<u32> {
@@ -134,6 +142,53 @@ fn what_is_not_finite_moves_nothing_of_any_kind() {
             assert!((bits(&state), state.ages.clone(), state.threshold) == before, "{place}");
         }
         assert_eq!((state.step, state.n_skipped), (8, 4));
+    }
+}
+
+#[test]
+fn a_transcoder_that_reads_what_is_not_finite_stays_as_it_is() {
+    let config = config(Objective { apply_b_dec_to_input: false, ..Objective::top_k(3) }, 8)
+        .with_transcoder(Some(Transcoder { d_out: D_IN, skip: false }));
+    let values = noise(64);
+    let matrix = ActivationMatrix::new(&values, D_IN).expect("whole rows");
+    let device = Device::flex();
+    let start = TrainState::initial(&config, &matrix, Some(&matrix), &device);
+    let mut state = start.expect("valid");
+    let before = bits(&state);
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut values = noise(8);
+        values[D_IN..2 * D_IN].fill(bad);
+        let batch = Batch { x: rows(&values), target: Some(rows(&noise(8))) };
+        let outcome = state.step(batch, &config, 8);
+        assert!(matches!(outcome, StepOutcome::Skipped { .. }), "{bad}: {outcome:?}");
+    }
+    assert!(bits(&state) == before);
+}
+
+/// What the plain defaults of the kernels compute, up to the order of sums.
+#[test]
+fn every_kind_trains_alike_without_kernels_of_its_own() {
+    #[allow(deprecated)]
+    let devices = [Device::flex(), Device::ndarray()];
+    for objective in objectives() {
+        for (decoder, norm) in [(DecoderNorm::Free, 0.1), (DecoderNorm::Unit, 1.0)] {
+            let config = config(objective.clone(), 8).with_decoder(decoder).with_decoder_norm(norm);
+            let losses = devices.clone().map(|device| {
+                let mut state = start_on(&device, &config);
+                let values = noise(40);
+                let losses = values.chunks(8 * D_IN).map(|rows| {
+                    match state.step(rows_on(&device, rows), &config, 5) {
+                        StepOutcome::Taken(report) => report.loss,
+                        StepOutcome::Skipped { loss } => panic!("{objective:?}: {loss}"),
+                    }
+                });
+                losses.collect::<Vec<_>>()
+            });
+            for (flex, plain) in losses[0].iter().zip(&losses[1]) {
+                let off = (flex - plain).abs();
+                assert!(off < 1e-4 * (1.0 + flex.abs()), "{objective:?}: {flex} and {plain}");
+            }
+        }
     }
 }
 

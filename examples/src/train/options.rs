@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::objective::Objective;
 use super::recipe::{
-    AnnealPlan, CentrePlan, DecayPlan, DecoderPlan, OptimizerPlan, ResamplingPlan,
+    AnnealPlan, CentrePlan, DecayPlan, DecoderPlan, InputScalePlan, OptimizerPlan, ResamplingPlan,
 };
 use crate::assets::locate_model;
 
@@ -127,6 +127,9 @@ pub struct SaePlan {
     /// Their norm at the start; 1 if they are held, or else 0.1, if not given.
     #[serde(default)]
     pub decoder_norm: Option<f64>,
+    /// How activations are scaled before the SAE reads them.
+    #[serde(default)]
+    pub input_scale: InputScalePlan,
     /// Where `b_dec` starts.
     #[serde(default)]
     pub centre: CentrePlan,
@@ -373,6 +376,7 @@ impl SaePlan {
             .with_clip_norm(self.clip_norm)
             .with_decoder(self.decoder.into())
             .with_decoder_norm(self.decoder_norm.unwrap_or(decoder_norm))
+            .with_input_scale(self.input_scale.into())
             .with_centre(self.centre.into())
             .with_dead_after(self.dead_after)
             .with_resampling(self.resampling.map(Into::into))
@@ -437,7 +441,7 @@ mod tests {
                     "weighted_by_decoder_norms": false}},
                 "decay_shape": "cosine", "anneal": {"from": 1, "end": 0.5}, "decoder": "unit",
                 "optimizer": {"row_lazy_adam": {"beta_1": 0.5}}, "centre": "geometric_median",
-                "resampling": {"every": 50, "rule": "dictionary_learning"}, "clip_norm": null}"#,
+                "input_scale": "layer_norm", "resampling": {"every": 50, "rule": "dictionary_learning"}, "clip_norm": null}"#,
         )
         .expect("a plan");
         use sae_core::train::*;
@@ -456,6 +460,7 @@ mod tests {
             .with_decoder(DecoderNorm::Unit)
             .with_decoder_norm(1.0)
             .with_optimizer(Optimizer::RowLazyAdam(Betas::new().with_beta_1(0.5)))
+            .with_input_scale(InputScale::LayerNorm)
             .with_centre(Centre::GeometricMedian)
             .with_resampling(Some(
                 Resampling::new(50).with_rule(ResamplingRule::DictionaryLearning),

@@ -1,7 +1,8 @@
 //! How an SAE is trained, as a user says it: each of the library's options, with its defaults.
 
 use sae_core::train::{
-    Anneal, Betas, Centre, DecayShape, DecoderNorm, Momentum, Optimizer, Resampling, ResamplingRule,
+    Anneal, Betas, Centre, DecayShape, DecoderNorm, InputScale, Momentum, Optimizer, Resampling,
+    ResamplingRule,
 };
 use serde::Deserialize;
 
@@ -144,6 +145,32 @@ impl From<CentrePlan> for Centre {
             CentrePlan::Zero => Self::Zero,
             CentrePlan::Mean => Self::Mean,
             CentrePlan::GeometricMedian => Self::GeometricMedian,
+        }
+    }
+}
+
+/// How activations are scaled before the SAE reads them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InputScalePlan {
+    /// Not at all.
+    Raw,
+    /// By one factor, that brings their mean norm to the root of their width.
+    #[default]
+    AverageNorm,
+    /// Each to that norm.
+    ConstantNorm,
+    /// Each to mean 0 and standard deviation 1.
+    LayerNorm,
+}
+
+impl From<InputScalePlan> for InputScale {
+    fn from(plan: InputScalePlan) -> Self {
+        match plan {
+            InputScalePlan::Raw => Self::Raw,
+            InputScalePlan::AverageNorm => Self::AverageNorm,
+            InputScalePlan::ConstantNorm => Self::ConstantNorm,
+            InputScalePlan::LayerNorm => Self::LayerNorm,
         }
     }
 }

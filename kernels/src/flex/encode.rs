@@ -55,7 +55,7 @@ pub(super) fn sparse_encode(
             });
             picked.into_tensors(n, k)
         }
-        Select::BatchTopK(n_kept) => batch_top_k(x, w, bias, by, n_kept),
+        Select::BatchTopK(n_kept) => batch_top_k(x, w, [bias, by], n_kept, search),
         Select::Above => {
             let mut rows = Vec::with_capacity(n);
             for_each_tile(x, w, |tile, m| {
@@ -65,7 +65,7 @@ pub(super) fn sparse_encode(
                     kept
                 }));
             });
-            filled_up(&rows)
+            filled_up(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), |kept| *kept)
         }
     }
 }
@@ -110,11 +110,11 @@ pub(super) fn for_each_tile(x: Float, w: Float, mut consume: impl FnMut(&[f32], 
 
 /// An entry that may be among the largest of the batch.
 #[derive(Clone, Copy)]
-struct Contender {
-    key: f32,
-    value: f32,
-    row: u32,
-    column: u32,
+pub(super) struct Contender {
+    pub(super) key: f32,
+    pub(super) value: f32,
+    pub(super) row: u32,
+    pub(super) column: u32,
 }
 
 impl Contender {
@@ -125,9 +125,36 @@ impl Contender {
     }
 }
 
-/// The bar rises as contenders come in: what is not above it has as many before it as are kept.
-fn batch_top_k(x: Float, w: Float, bias: &[f32], by: &[f32], n_kept: usize) -> (Float, Int) {
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+fn batch_top_k(
+    x: Float,
+    w: Float,
+    by_column: [&[f32]; 2],
+    n_kept: usize,
+    search: Search,
+) -> (Float, Int) {
     let [n, _] = dims(&x);
+    #[cfg(target_arch = "x86_64")]
+    let proposed = match search {
+        Search::Proposed => super::proposal::contenders(&x, &w, by_column, n_kept),
+        Search::Full => None,
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let proposed = None;
+    let mut best = proposed.unwrap_or_else(|| all_contenders(x, w, by_column, n_kept));
+    keep_largest(&mut best, n_kept);
+    let mut rest = best.as_slice();
+    let rows = (0..n as u32).map(|row| {
+        let (own, behind) = rest.split_at(rest.partition_point(|contender| contender.row <= row));
+        rest = behind;
+        own
+    });
+    filled_up(&rows.collect::<Vec<_>>(), |contender| (contender.column, contender.value))
+}
+
+/// By a full search. The bar rises as contenders come in: what is not above it has as many before it
+/// as are kept.
+fn all_contenders(x: Float, w: Float, [bias, by]: [&[f32]; 2], n_kept: usize) -> Vec<Contender> {
     let (mut best, mut bar, mut first_row) = (Vec::<Contender>::new(), 0f32, 0);
     for_each_tile(x, w, |tile, m| {
         let rows = tile.par_chunks(m).enumerate().map(|(row, tile)| {
@@ -138,18 +165,21 @@ fn batch_top_k(x: Float, w: Float, bias: &[f32], by: &[f32], n_kept: usize) -> (
         let rows: Vec<Vec<Contender>> = rows.collect();
         rows.iter().for_each(|row| best.extend(row));
         first_row += tile.len() / m;
-        if best.len() > n_kept {
-            best.select_nth_unstable_by(n_kept - 1, Contender::order);
-            best.truncate(n_kept);
-            bar = best[n_kept - 1].key;
-        }
+        bar = keep_largest(&mut best, n_kept).unwrap_or(bar);
     });
-    best.sort_unstable_by_key(|contender| (contender.row, contender.column));
-    let mut rows = vec![Vec::new(); n];
-    for contender in best {
-        rows[contender.row as usize].push((contender.column, contender.value));
+    best
+}
+
+/// Leaves the `n_kept` largest in the order in which they stand; gives the smallest key of them, if
+/// there were more.
+fn keep_largest(best: &mut Vec<Contender>, n_kept: usize) -> Option<f32> {
+    if best.len() <= n_kept {
+        return None;
     }
-    filled_up(&rows)
+    let mut ranked = best.clone();
+    let last = *ranked.select_nth_unstable_by(n_kept - 1, Contender::order).1;
+    best.retain(|contender| contender.order(&last).is_le());
+    Some(last.key)
 }
 
 /// The largest entry of each group, zero where it is below, with its column.
@@ -171,13 +201,17 @@ fn group_maxima<'a>(
 }
 
 /// Columns and values of every row, with zeros behind those of the shorter rows.
-fn filled_up(rows: &[Vec<(u32, f32)>]) -> (Float, Int) {
-    let k = rows.iter().map(Vec::len).max().unwrap_or(0).max(1);
+fn filled_up<E: Sync>(
+    rows: &[&[E]],
+    column_and_value: impl Fn(&E) -> (u32, f32) + Sync,
+) -> (Float, Int) {
+    let k = rows.iter().map(|row| row.len()).max().unwrap_or(0).max(1);
     let (mut values, mut columns) = (vec![0f32; rows.len() * k], vec![0i32; rows.len() * k]);
     let slots = values.par_chunks_mut(k).zip(columns.par_chunks_mut(k));
     slots.zip(rows).for_each(|((values, columns), row)| {
-        for ((value, column), kept) in values.iter_mut().zip(columns).zip(row) {
-            (*column, *value) = (kept.0 as i32, kept.1);
+        for ((to_value, to_column), entry) in values.iter_mut().zip(columns).zip(*row) {
+            let (column, value) = column_and_value(entry);
+            (*to_value, *to_column) = (value, column as i32);
         }
     });
     (new_floats(values, [rows.len(), k]), new_ints(columns, [rows.len(), k]))
@@ -185,7 +219,7 @@ fn filled_up(rows: &[Vec<(u32, f32)>]) -> (Float, Int) {
 
 /// Calls `take` on the entries for which `is_kept`, asking whole blocks first.
 #[inline(always)]
-fn sift(m: usize, is_kept: impl Fn(usize) -> bool, mut take: impl FnMut(usize)) {
+pub(super) fn sift(m: usize, is_kept: impl Fn(usize) -> bool, mut take: impl FnMut(usize)) {
     for start in (0..m).step_by(BLOCK) {
         let block = start..(start + BLOCK).min(m);
         let mut any = false;

@@ -1,7 +1,6 @@
 //! Hand-written CPU kernels for Burn's `flex` backend: rayon over rows, SIMD by run-time detection.
 
 mod adam;
-mod adam_rows;
 mod attention;
 mod attention_backward;
 mod dense;
@@ -154,15 +153,8 @@ impl KernelOps for Flex {
         adam::step(parameter, gradient, first, second, step, &config)
     }
 
-    fn adam_step_rows(
-        parameter: Float,
-        gradient: Float,
-        first: Float,
-        second: Float,
-        step: usize,
-        config: AdamConfig,
-    ) -> (Float, Float, Float) {
-        adam_rows::step(parameter, gradient, first, second, step, &config)
+    fn project_rows(gradient: Float, rows: Float) -> Float {
+        adam::project_rows(gradient, rows)
     }
 
     fn fit_residual(

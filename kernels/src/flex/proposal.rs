@@ -9,12 +9,16 @@
 //! `k` entries are certain to reach a bar, whatever may not reach it is none of the `k` largest. What
 //! may is computed anew, in the order of the ordinary product, and so has its bits.
 
+mod batch;
+
+use std::ops::Range;
+
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::Slice;
 use rayon::prelude::*;
 
-use super::encode::{Ranking, TILE_ROWS};
+use super::encode::{Contender, Ranking, TILE_ROWS};
 use super::quantized::{
     Affine, LEFT_ROWS, QuantizedRow, QuantizedRows, RIGHT_ROWS, above, products,
 };
@@ -56,14 +60,9 @@ pub(super) fn pick(
     ranking: Ranking,
 ) -> Float {
     let ([n, d], [_, m]) = (dims::<2>(&x), dims::<2>(w));
-    // A last tile of few rows would be multiplied in another way.
-    let n_proposed = match n % TILE_ROWS {
-        rest if rest < FEWEST_ROWS => n - rest,
-        _ => n,
-    };
+    let n_proposed = in_whole_tiles(n);
     let pays = n_proposed >= FEWEST_IN_ALL && k.saturating_mul(SPARSITY) <= m;
-    let fits = m >= FEWEST_COLUMNS && (3..=WIDEST).contains(&d);
-    if !(pays && fits && has_instructions()) {
+    if !(pays && fits(d, m)) {
         return x;
     }
     let part = |range: Slice| Flex::float_slice(x.clone(), &[range, Slice::full()]);
@@ -73,6 +72,38 @@ pub(super) fn pick(
     let Some(proposal) = Proposal::new([rows, latents], d, [bias, by], ranking) else { return x };
     proposal.pick(picked, k);
     part(Slice::new(n_proposed as isize, None, 1))
+}
+
+/// Entries by rows among which are the `n_kept` largest of the whole batch that are above zero, with
+/// their exact keys; none if they cannot be found in this way.
+pub(super) fn contenders(
+    x: &Float,
+    w: &Float,
+    [bias, by]: [&[f32]; 2],
+    n_kept: usize,
+) -> Option<Vec<Contender>> {
+    let ([n, d], [_, m]) = (dims::<2>(x), dims::<2>(w));
+    let pays = n >= FEWEST_IN_ALL && n_kept.saturating_mul(SPARSITY) <= n * m;
+    if !(pays && in_whole_tiles(n) == n && fits(d, m)) {
+        return None;
+    }
+    let rows = packed(x.clone());
+    let latents = packed(Flex::float_transpose(w.clone()));
+    let (rows, latents) = (floats(&rows), floats(&latents));
+    Proposal::new([rows, latents], d, [bias, by], Ranking::Value)?.contenders(n_kept)
+}
+
+/// The rows without a last tile of few, which would be multiplied in another way.
+fn in_whole_tiles(n: usize) -> usize {
+    match n % TILE_ROWS {
+        rest if rest < FEWEST_ROWS => n - rest,
+        _ => n,
+    }
+}
+
+/// Whether the blocked product of such widths, and the processor, are as is assumed here.
+fn fits(d: usize, m: usize) -> bool {
+    m >= FEWEST_COLUMNS && (3..=WIDEST).contains(&d) && has_instructions()
 }
 
 fn has_instructions() -> bool {
@@ -183,22 +214,37 @@ impl<'a> Proposal<'a> {
         Some(Self { x, w, d, bias, by, ranking, order, quantized_x, quantized_w, affine, margins })
     }
 
-    fn pick(&self, picked: &mut Picked, k: usize) {
-        let width = self.affine.factor.len();
+    fn n_rows(&self) -> usize {
+        self.x.len() / self.d
+    }
+
+    /// Keys of a row, those that fill up panels included.
+    fn width(&self) -> usize {
+        self.affine.factor.len()
+    }
+
+    /// Rows that a task has at a time: whole panels.
+    fn task_rows(&self) -> usize {
         let row_bytes = 2 * self.d.next_multiple_of(2);
-        let rows = (TASK_KEYS / width).min(TASK_BYTES / row_bytes).clamp(LEFT_ROWS, 16 * LEFT_ROWS);
-        let n_panels = rows / LEFT_ROWS;
-        let n_rows = n_panels * LEFT_ROWS;
-        let (values, columns) = picked.appended(self.x.len() / self.d);
+        let rows = (TASK_KEYS / self.width()).min(TASK_BYTES / row_bytes);
+        rows.clamp(LEFT_ROWS, 16 * LEFT_ROWS) / LEFT_ROWS * LEFT_ROWS
+    }
+
+    /// The keys of some rows, of which the first begins a panel, and of those that fill up the last.
+    fn keys(&self, rows: Range<usize>, keys: &mut Vec<f32>) {
+        let panels = rows.start / LEFT_ROWS..rows.end.div_ceil(LEFT_ROWS);
+        keys.resize(panels.len() * LEFT_ROWS * self.width(), 0.0);
+        // SAFETY: a proposal is only made after the processor was asked.
+        unsafe { products(&self.quantized_x, panels, &self.quantized_w, &self.affine, keys) };
+    }
+
+    fn pick(&self, picked: &mut Picked, k: usize) {
+        let (width, n_rows) = (self.width(), self.task_rows());
+        let (values, columns) = picked.appended(self.n_rows());
         let slots = values.par_chunks_mut(n_rows * k).zip(columns.par_chunks_mut(n_rows * k));
         slots.enumerate().for_each_init(Desk::default, |desk, (task, (values, columns))| {
             let first = task * n_rows;
-            let panels = (values.len() / k).div_ceil(LEFT_ROWS);
-            let panels = task * n_panels..task * n_panels + panels;
-            desk.keys.resize(panels.len() * LEFT_ROWS * width, 0.0);
-            let (x, w) = (&self.quantized_x, &self.quantized_w);
-            // SAFETY: `pick` has asked the processor.
-            unsafe { products(x, panels, w, &self.affine, &mut desk.keys) };
+            self.keys(first..first + values.len() / k, &mut desk.keys);
             let slots = values.chunks_exact_mut(k).zip(columns.chunks_exact_mut(k));
             for (row, (values, columns)) in slots.enumerate() {
                 self.pick_row(first + row, row * width, k, desk);
@@ -222,7 +268,7 @@ impl<'a> Proposal<'a> {
         columns.clear();
         columns.extend(bounds.possible.iter().map(|possible| possible.column));
         let x = &self.x[row * self.d..][..self.d];
-        // SAFETY: `pick` has asked the processor.
+        // SAFETY: a proposal is only made after the processor was asked.
         unsafe { dots(x, self.w, self.order, columns, sums) };
         room.best.clear();
         room.best.extend(columns.iter().zip(sums).map(|(&column, sum)| {
@@ -356,11 +402,7 @@ mod tests {
         let (bias, by) = (vec![0.0; m], vec![1.0; m]);
         let proposal = Proposal::new([&x, &w], d, [&bias, &by], Ranking::Value).expect("finite");
         let (mut desk, mut n_possible) = (Desk::default(), 0);
-        desk.keys.resize(n * m, 0.0);
-        let (quantized_x, quantized_w) = (&proposal.quantized_x, &proposal.quantized_w);
-        let panels = 0..n / LEFT_ROWS;
-        // SAFETY: the processor has been asked.
-        unsafe { products(quantized_x, panels, quantized_w, &proposal.affine, &mut desk.keys) };
+        proposal.keys(0..n, &mut desk.keys);
         for row in 0..n {
             proposal.pick_row(row, row * m, k, &mut desk);
             n_possible += desk.columns.len();

@@ -60,18 +60,20 @@ fn checked(indices: &Int, m: usize) -> &[i32] {
     indices
 }
 
-/// A counting sort: `entries[starts[l]..starts[l + 1]]` are the (row, value) pairs of index `l`.
+/// A counting sort: `entries[starts[l]..starts[l + 1]]` are the (row, value) pairs of index `l`, but
+/// for values of zero, with which rows are filled up.
 fn by_index(indices: &[i32], values: &[f32], k: usize, m: usize) -> (Vec<usize>, Vec<(u32, f32)>) {
+    let named = || indices.iter().zip(values).enumerate().filter(|(_, (_, value))| **value != 0.0);
     let mut starts = vec![0usize; m + 1];
-    for &index in indices {
+    for (_, (&index, _)) in named() {
         starts[index as usize + 1] += 1;
     }
     for index in 0..m {
         starts[index + 1] += starts[index];
     }
     let mut next = starts.clone();
-    let mut entries = vec![(0u32, 0f32); indices.len()];
-    for (position, (&index, &value)) in indices.iter().zip(values).enumerate() {
+    let mut entries = vec![(0u32, 0f32); starts[m]];
+    for (position, (&index, &value)) in named() {
         let slot = &mut next[index as usize];
         entries[*slot] = ((position / k) as u32, value);
         *slot += 1;
@@ -90,8 +92,14 @@ multiversion! {
 multiversion! {
     fn dot_rows(out: &mut [f32], indices: &[i32], x: &[f32], rows: &[f32]) {
         let d = x.len();
+        // What fills up a row is the same entry again and again.
+        let (mut last, mut product) = (None, 0.0);
         for (out, &index) in out.iter_mut().zip(indices) {
-            *out = dot(x, &rows[index as usize * d..][..d]);
+            if last != Some(index) {
+                product = dot(x, &rows[index as usize * d..][..d]);
+                last = Some(index);
+            }
+            *out = product;
         }
     }
 }
@@ -99,8 +107,7 @@ multiversion! {
 multiversion! {
     fn add_rows(out: &mut [f32], entries: &[(u32, f32)], grad: &[f32]) {
         let d = out.len();
-        let entries = entries.iter().filter(|(_, value)| *value != 0.0);
-        add_all(out, entries.map(|&(row, value)| (value, &grad[row as usize * d..][..d])));
+        add_all(out, entries.iter().map(|&(row, value)| (value, &grad[row as usize * d..][..d])));
     }
 }
 

@@ -293,7 +293,7 @@ mod tests {
             TrainConfig::new(8, Objective::new(Kind::Selecting(selecting)))
         };
         assert_eq!(proposed(Selection::AbsTopK { k: 2 }).validate(4), Ok(()));
-        assert_eq!(refused(proposed(Selection::BatchTopK { k: 2.0 })), "search");
+        assert_eq!(proposed(Selection::BatchTopK { k: 2.0 }).validate(4), Ok(()));
         assert_eq!(refused(proposed(Selection::GroupMax { k: 2 })), "search");
     }
 

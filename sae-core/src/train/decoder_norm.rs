@@ -1,8 +1,8 @@
 //! What holds the norms of decoder rows.
 
 use burn::config::Config;
-use burn::tensor::{Int, Tensor};
-use kernels::sparse_dot;
+use burn::tensor::Tensor;
+use kernels::project_rows;
 
 use super::parameters::{ParameterName, Parameters};
 use crate::sae::row_norms;
@@ -21,30 +21,23 @@ impl DecoderNorm {
     /// The gradient without what would change the norms of rows.
     pub fn project(self, parameters: &Parameters, mut gradient: Parameters) -> Parameters {
         if self == Self::Unit {
-            let rows = parameters.w_dec();
             let of_rows = gradient.take(ParameterName::WDec).expect("decoders have a gradient");
-            let norms = row_norms(rows.clone()).unsqueeze_dim::<2>(1);
-            let along = dots(&rows, &of_rows) / norms.square();
-            gradient.insert(ParameterName::WDec, of_rows - rows * along);
+            gradient.insert(ParameterName::WDec, project_rows(of_rows, parameters.w_dec()));
         }
         gradient
     }
 
-    /// Brings rows back to their norm.
-    pub(super) fn restore(self, parameters: &mut Parameters) {
-        if self == Self::Unit {
-            let rows = parameters.take(ParameterName::WDec).expect("SAEs have a decoder");
-            let norms = row_norms(rows.clone()).unsqueeze_dim::<2>(1);
-            parameters.insert(ParameterName::WDec, rows / norms);
-        }
+    /// Whether the rows of a parameter are held at norm 1.
+    pub(super) fn holds(self, name: ParameterName) -> bool {
+        self == Self::Unit && name == ParameterName::WDec
     }
 }
 
-/// `⟨aᵢ, bᵢ⟩`, `[n, 1]`.
-fn dots(a: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
-    let [n, _] = a.dims();
-    let itself = Tensor::<1, Int>::arange(0..n as i64, &a.device()).unsqueeze_dim(1);
-    sparse_dot(itself, a.clone(), b.clone())
+/// Rows brought to norm 1, unless they are zero.
+pub(super) fn unit_rows(rows: Tensor<2>) -> Tensor<2> {
+    let norms = row_norms(rows.clone()).unsqueeze_dim::<2>(1);
+    let is_zero = norms.clone().equal_elem(0.0);
+    rows / norms.mask_fill(is_zero, 1.0)
 }
 
 #[cfg(test)]
@@ -72,11 +65,9 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_brought_back_to_norm_1() {
-        let mut rows = parameters([[3.0, 4.0], [0.0, 0.5]]);
-        DecoderNorm::Free.restore(&mut rows);
-        assert_w_dec(&rows, [[3.0, 4.0], [0.0, 0.5]]);
-        DecoderNorm::Unit.restore(&mut rows);
-        assert_w_dec(&rows, [[0.6, 0.8], [0.0, 1.0]]);
+    fn rows_are_brought_to_norm_1() {
+        let rows = parameters([[3.0, 4.0], [0.0, 0.0]]);
+        let unit = Parameters::tied(unit_rows(rows.w_dec()), Tensor::zeros([2], &Device::flex()));
+        assert_w_dec(&unit, [[0.6, 0.8], [0.0, 0.0]]);
     }
 }

@@ -2,8 +2,9 @@
 
 use burn::config::Config;
 use burn::tensor::Tensor;
-use kernels::{AdamConfig, AdamState, adam_step, adam_step_rows};
+use kernels::{AdamConfig, AdamState, adam_step};
 
+use super::decoder_norm::{DecoderNorm, unit_rows};
 use super::error::TrainError;
 use super::parameters::{ParameterName, Parameters};
 
@@ -110,7 +111,8 @@ impl Moments {
         Self { first: parameters.zeros_like(), second }
     }
 
-    /// Moves the parameters by one step; `step` counts from 1.
+    /// Moves the parameters by one step, and brings the decoder's rows back to the norm that they are
+    /// held at; `step` counts from 1.
     ///
     /// # Panics
     /// If the parameters have another set of names, or the moments are of another optimiser.
@@ -121,36 +123,35 @@ impl Moments {
         step: usize,
         learning_rate: f64,
         optimizer: &Optimizer,
+        decoder: DecoderNorm,
     ) {
         for name in ParameterName::ALL {
             let Some(parameter) = parameters.get_mut(name) else { continue };
             let gradient = gradient.take(name).expect("a gradient for every parameter");
             let first = self.first.get_mut(name).expect("moments for every parameter");
             match *optimizer {
-                Optimizer::Adam(betas) => {
+                Optimizer::Adam(betas) | Optimizer::RowLazyAdam(betas) => {
                     let second = self.second.get_mut(name).expect("Adam has second moments");
-                    let adam = betas.at(learning_rate, scale);
-                    // Taken out of their places: what nobody else holds is updated in place.
-                    let state = AdamState { first: first.extract(), second: second.extract() };
-                    let moved = adam_step(parameter.extract(), gradient, state, step, adam);
-                    (*parameter, *first, *second) = (moved.0, moved.1.first, moved.1.second);
-                }
-                Optimizer::RowLazyAdam(betas) => {
-                    let second = self.second.get_mut(name).expect("Adam has second moments");
-                    let adam = betas.at(learning_rate, scale);
                     let shape @ [n_rows, n_columns] = gradient.dims();
-                    let state = AdamState { first: first.extract(), second: second.extract() };
-                    let moved = match name.latent_width(n_columns) {
-                        Some(width) => {
-                            let by_latent = [n_rows * n_columns / width, width];
-                            let rows = |tensor: Tensor<2>| tensor.reshape(by_latent);
-                            let AdamState { first, second } = state;
-                            let state = AdamState { first: rows(first), second: rows(second) };
-                            let (parameter, gradient) = (rows(parameter.extract()), rows(gradient));
-                            adam_step_rows(parameter, gradient, state, step, adam)
-                        }
-                        None => adam_step(parameter.extract(), gradient, state, step, adam),
+                    // A latent is a row, in biases too.
+                    let latent_width = match optimizer {
+                        Optimizer::RowLazyAdam(_) => name.latent_width(n_columns),
+                        _ => None,
                     };
+                    let width = latent_width.unwrap_or(n_columns);
+                    let by_row = [n_rows * n_columns / width, width];
+                    let rows = |tensor: Tensor<2>| tensor.reshape(by_row);
+                    let config = AdamConfig {
+                        gradient_scale: scale,
+                        skips_idle_rows: latent_width.is_some(),
+                        unit_rows: decoder.holds(name),
+                        ..betas.at(learning_rate)
+                    };
+                    // Taken out of their places: what nobody else holds is updated in place.
+                    let state =
+                        AdamState { first: rows(first.extract()), second: rows(second.extract()) };
+                    let moved =
+                        adam_step(rows(parameter.extract()), rows(gradient), state, step, config);
                     *parameter = moved.0.reshape(shape);
                     *first = moved.1.first.reshape(shape);
                     *second = moved.1.second.reshape(shape);
@@ -160,6 +161,9 @@ impl Moments {
                         + gradient.mul_scalar(scale * (1.0 - beta));
                     let step = mean.clone().sign().mul_scalar(learning_rate);
                     (*parameter, *first) = (parameter.extract() - step, mean);
+                    if decoder.holds(name) {
+                        *parameter = unit_rows(parameter.extract());
+                    }
                 }
             }
         }
@@ -174,9 +178,9 @@ impl Moments {
 }
 
 impl Betas {
-    fn at(self, learning_rate: f64, gradient_scale: f64) -> AdamConfig {
+    fn at(self, learning_rate: f64) -> AdamConfig {
         let Self { beta_1, beta_2, epsilon } = self;
-        AdamConfig { learning_rate, beta_1, beta_2, epsilon, gradient_scale }
+        AdamConfig { beta_1, beta_2, epsilon, ..AdamConfig::new(learning_rate) }
     }
 }
 
@@ -195,7 +199,7 @@ mod tests {
         let mut moments = Moments::new(&at, &optimizer);
         for (step, gradient) in gradients.iter().enumerate() {
             let clipped = Clipped { gradient: gradient.clone(), scale: 1.0 };
-            moments.update(&mut at, clipped, step + 1, 0.5, &optimizer);
+            moments.update(&mut at, clipped, step + 1, 0.5, &optimizer, DecoderNorm::Free);
         }
         (at, moments)
     }
@@ -248,7 +252,8 @@ mod tests {
         let mut moments = Moments::new(&at, &optimizer);
         let all = of([[1.0, 0.0], [1.0, 2.0]], [3.0, -1.0]);
         let first_alone = of([[0.5, 0.0], [0.0, -0.0]], [1.0, 0.0]);
-        moments.update(&mut at, Clipped { gradient: all, scale: 1.0 }, 1, 0.1, &optimizer);
+        let free = DecoderNorm::Free;
+        moments.update(&mut at, Clipped { gradient: all, scale: 1.0 }, 1, 0.1, &optimizer, free);
         let bits = |at: &Parameters, moments: &Moments| {
             let sets = [at, &moments.first, &moments.second];
             let values = |name| {
@@ -259,7 +264,7 @@ mod tests {
         };
         let before = bits(&at, &moments);
         let gradient = Clipped { gradient: first_alone, scale: 0.5 };
-        moments.update(&mut at, gradient, 2, 0.1, &optimizer);
+        moments.update(&mut at, gradient, 2, 0.1, &optimizer, free);
         let after = bits(&at, &moments);
         for set in 0..3 {
             assert_eq!(before.0[set][2..], after.0[set][2..]);

@@ -39,7 +39,7 @@ pub struct TrainState {
 pub enum StepOutcome {
     /// The parameters moved.
     Taken(StepReport),
-    /// The loss or its gradient was not finite: all is as it was, but for the counts of steps.
+    /// The loss, its gradient or an activation was not finite: all is as it was, but for the counts of steps.
     Skipped {
         /// The loss.
         loss: f64,
@@ -136,7 +136,8 @@ impl TrainState {
         };
         let step = self.step;
         self.step += 1;
-        let Some(gradient) = clipped.filter(|_| loss.is_finite()) else {
+        let is_finite = loss.is_finite() && batch.hides_nothing();
+        let Some(gradient) = clipped.filter(|_| is_finite) else {
             self.n_skipped += 1;
             return StepOutcome::Skipped { loss };
         };
@@ -151,8 +152,8 @@ impl TrainState {
         let learning_rate = config.schedule.at(step, n_steps);
         let n_taken = self.step - self.n_skipped;
         let Self { parameters, moments, .. } = self;
-        moments.update(parameters, gradient, n_taken, learning_rate, &config.optimizer);
-        config.decoder.restore(parameters);
+        let (optimizer, decoder) = (&config.optimizer, config.decoder);
+        moments.update(parameters, gradient, n_taken, learning_rate, optimizer, decoder);
         let n_active = self.ages.update(&latents);
         let mut revived = Vec::new();
         if let Some(resampling) = config.resampling

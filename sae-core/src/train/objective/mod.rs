@@ -131,6 +131,14 @@ pub struct Batch {
     pub target: Option<Tensor<2>>,
 }
 
+impl Batch {
+    /// Whether what is encoded holds no NaN and no infinity, as far as the loss does not tell: that of
+    /// a transcoder measures the target alone.
+    pub(in crate::train) fn hides_nothing(&self) -> bool {
+        self.target.is_none() || self.x.clone().sum().into_scalar::<f32>().is_finite()
+    }
+}
+
 impl From<Tensor<2>> for Batch {
     fn from(x: Tensor<2>) -> Self {
         Self { x, target: None }

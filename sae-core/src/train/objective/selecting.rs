@@ -110,16 +110,16 @@ pub enum RunningThreshold {
 }
 
 impl Selecting {
-    /// Ranked by what latents write, unless in groups, and found by proposals where each row has its
-    /// own; without AuxK and threshold.
+    /// Ranked by what latents write and found by proposals, unless in groups; without AuxK and
+    /// threshold.
     pub fn new(selection: Selection) -> Self {
-        let search = if selection.is_by_row() { Search::Proposed } else { Search::Full };
+        let in_groups = matches!(selection, Selection::GroupMax { .. });
         Self {
-            rescale_by_decoder_norm: !matches!(selection, Selection::GroupMax { .. }),
+            rescale_by_decoder_norm: !in_groups,
             selection,
             aux_k: None,
             threshold: None,
-            search,
+            search: if in_groups { Search::Full } else { Search::Proposed },
         }
     }
 
@@ -220,11 +220,11 @@ impl Selecting {
         if let Some(aux_k) = self.aux_k {
             aux_k.validate()?;
         }
-        if self.search != Search::Full && !self.selection.is_by_row() {
-            let (option, with) = ("search", "a selection over groups or the batch");
-            return Err(TrainError::Conflict { option, with });
-        }
         match &self.selection {
+            Selection::GroupMax { .. } if self.search != Search::Full => {
+                let (option, with) = ("search", "groups, which are not ranked");
+                return Err(TrainError::Conflict { option, with });
+            }
             Selection::GroupMax { .. } if self.rescale_by_decoder_norm => {
                 let (option, with) = ("rescale_by_decoder_norm", "groups, which are not ranked");
                 return Err(TrainError::Conflict { option, with });
@@ -276,14 +276,6 @@ impl Selection {
             | Self::AbsTopK { k }
             | Self::GroupMax { k } => *k = to.round() as usize,
             Self::BatchTopK { k } | Self::Matryoshka { k, .. } => *k = to,
-        }
-    }
-
-    /// Whether each row has its `k` largest.
-    fn is_by_row(&self) -> bool {
-        match self {
-            Self::TopK { .. } | Self::MultiTopK { .. } | Self::AbsTopK { .. } => true,
-            Self::GroupMax { .. } | Self::BatchTopK { .. } | Self::Matryoshka { .. } => false,
         }
     }
 
