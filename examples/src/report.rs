@@ -176,7 +176,9 @@ mod tests {
     use steering::{Outcome, Rate};
 
     use super::*;
-    use crate::results::{Candidate, Example, PromptKind, SaeSummary, Settings, SteeringLatent};
+    use crate::results::{
+        Candidate, Condition, Example, PromptKind, SaeSummary, Settings, SteeringLatent,
+    };
 
     fn row(
         arm: Arm,
@@ -186,17 +188,30 @@ mod tests {
         perplexity_ratio: f64,
     ) -> Row {
         Row {
-            treatment: Treatment { arm, method, strength },
+            treatment: Treatment { arm, method, strength, condition: Condition::Always },
             unsafe_rate: Rate::wilson(n_unsafe, 48),
             safe_rate: Rate::wilson(n_safe, 48),
             look_alike_rate: None,
+            ordinary_rate: None,
             degenerate_rate: Rate::wilson(n_degenerate, 96),
+            moralised_rate: None,
+            sets: Vec::new(),
+            unsafe_against_base: None,
+            refusal_log_odds: None,
+            mean_kl: None,
             perplexity_ratio,
+            capability: None,
+            multi_turn: None,
         }
     }
 
     fn results() -> Results {
-        let headline = Treatment { arm: Arm::ZeroShot, method: Method::Latent, strength: 2.0 };
+        let headline = Treatment {
+            arm: Arm::ZeroShot,
+            method: Method::Latent,
+            strength: 2.0,
+            condition: Condition::Always,
+        };
         Results {
             model: "tiny".into(),
             hook_point: "blocks.12.hook_resid_post".into(),
@@ -216,7 +231,14 @@ mod tests {
                 max_activation: 41.5,
                 top_tokens: vec![" sorry".into(), "<b>".into()],
             }],
-            candidates: vec![Candidate { latent: 1234, contrast: 0.9, log_odds_shift: 4.2 }],
+            candidates: vec![Candidate {
+                latent: 1234,
+                contrast: 0.9,
+                log_odds_shift: 4.2,
+                attribution: 3.9,
+                output_score: 0.1,
+            }],
+            condition: None,
             settings: Settings {
                 seed: 7,
                 device: "flex".into(),
@@ -225,9 +247,11 @@ mod tests {
                 n_perplexity_tokens: 4096,
                 unsafe_prompts: "unsafe.csv".into(),
                 safe_prompts: "safe.csv".into(),
+                sets: Vec::new(),
                 seconds: 754.0,
             },
             headline,
+            conditional: None,
             rows: vec![
                 row(Arm::ZeroShot, Method::RandomLatent, 2.0, [0, 1, 0], 1.1),
                 row(Arm::ZeroShot, Method::Latent, 2.0, [32, 11, 3], 1.62),

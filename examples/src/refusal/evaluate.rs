@@ -15,7 +15,7 @@ use super::{During, FIRST_POSITION};
 use crate::assets::LoadedModel;
 use crate::corpus::{Appearance, Prompt, Test, Turn};
 use crate::progress::bar;
-use crate::results::{Arm, Example, Generation, Method, PromptKind, Row, Treatment};
+use crate::results::{Arm, Condition, Example, Generation, Method, PromptKind, Row, Treatment};
 
 /// Conversations generated together.
 const BATCH_ROWS: usize = 80;
@@ -135,7 +135,8 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
             let generator =
                 Generator::new(setup.loaded, setup.chats, shots, setup.scale.max_new_tokens);
             let answers = generator.answers(&prompts, &mut hook, |n| bar.inc(n))?;
-            answered.push((Treatment { arm, method, strength }, answers));
+            let condition = Condition::Always;
+            answered.push((Treatment { arm, method, strength, condition }, answers));
         }
     }
     bar.finish();
@@ -195,6 +196,7 @@ impl Setup<'_> {
                 self.add(random_direction(d_model, length, self.seed ^ 0xD1CE, device))?
             }
             Method::MeanDifference => self.add(mean_difference.clone() * strength)?,
+            _ => unreachable!("not among the doses"),
         }))
     }
 
@@ -251,6 +253,7 @@ fn judged(setup: &Setup<'_>, treatment: &Treatment, answers: &[String]) -> Vec<G
                 false => PromptKind::Safe,
             },
             look_alike: prompt.appearance == Appearance::LookAlike,
+            set: String::new(),
             answer: answer.clone(),
             outcome: judge.judge(&prompt.prompt, answer),
         })
@@ -269,8 +272,16 @@ fn count(treatment: Treatment, generations: &[Generation], perplexity_ratio: f64
         unsafe_rate: rate(Outcome::Refused, &|g| g.kind == PromptKind::Unsafe),
         safe_rate: rate(Outcome::Refused, &|g| g.kind == PromptKind::Safe),
         look_alike_rate: (look_alike_rate.n > 0).then_some(look_alike_rate),
+        ordinary_rate: None,
         degenerate_rate: rate(Outcome::Degenerate, &|_| true),
+        moralised_rate: Some(rate(Outcome::Moralised, &|_| true)),
+        sets: Vec::new(),
+        unsafe_against_base: None,
+        refusal_log_odds: None,
+        mean_kl: None,
         perplexity_ratio,
+        capability: None,
+        multi_turn: None,
     }
 }
 

@@ -27,7 +27,7 @@ use super::{During, FIRST_POSITION};
 use crate::assets::LoadedModel;
 use crate::corpus::{Prompt, Selection, Turn};
 use crate::progress::bar;
-use crate::results::{Arm, Candidate, Method, SteeringLatent, Treatment};
+use crate::results::{Arm, Candidate, Condition, Method, SteeringLatent, Treatment};
 
 /// Tokens of refusing answers on which a candidate must be active.
 const MIN_ACTIVE: usize = 2;
@@ -270,6 +270,8 @@ impl Search<'_> {
                 latent: contrast.latent,
                 contrast: contrast.difference,
                 log_odds_shift: shift,
+                attribution: value * f64::from(slopes[contrast.latent]),
+                output_score: 0.0,
             });
             bar.inc(1);
         }
@@ -315,7 +317,12 @@ impl Search<'_> {
         };
         Ok(Chosen {
             latent: single.latents[0],
-            headline: Treatment { arm: Arm::ZeroShot, method, strength: best.strength },
+            headline: Treatment {
+                arm: Arm::ZeroShot,
+                method,
+                strength: best.strength,
+                condition: Condition::Always,
+            },
             refused_share: best.refused,
             bundle,
         })

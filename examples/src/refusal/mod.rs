@@ -119,9 +119,12 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
             n_perplexity_tokens: evaluation.n_perplexity_tokens,
             unsafe_prompts: source(&options.unsafe_prompts),
             safe_prompts: source(&options.safe_prompts),
+            sets: Vec::new(),
             seconds: start.elapsed().as_secs_f64(),
         },
+        condition: None,
         headline: found.headline,
+        conditional: None,
         rows: evaluation.rows,
         examples: evaluation.examples,
     };
