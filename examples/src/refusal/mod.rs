@@ -10,6 +10,7 @@
 mod chats;
 mod evaluate;
 mod find;
+pub mod ladder;
 mod options;
 mod sae;
 
