@@ -34,7 +34,8 @@ pub struct Region {
     #[serde(default)]
     pub part: Part,
     /// A token from which on a conversation is steered, itself included: the first of its kind,
-    /// whether it was given or generated. A conversation without it is left alone.
+    /// whether it was given or generated. A conversation without it is left alone. The tokens of a
+    /// [`SharedPrefix`](model_hooks::SharedPrefix) count if it was run with the same hook.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub marker: Option<u32>,
 }

@@ -153,6 +153,24 @@ pub fn run<E>(
     }
 }
 
+/// What the judge makes of the answers to the last requests of some dialogues.
+///
+/// # Errors
+/// Those of `answers`, which is given all of them and gives an answer to each, in order.
+///
+/// # Panics
+/// If it gives another number of answers.
+pub fn outcomes<E>(
+    dialogues: &[Conversation],
+    judge: &dyn Judge,
+    answers: impl FnOnce(&[Conversation]) -> Result<Vec<String>, E>,
+) -> Result<Vec<Outcome>, E> {
+    let said = answers(dialogues)?;
+    assert_eq!(said.len(), dialogues.len(), "an answer to each dialogue");
+    let both = dialogues.iter().zip(&said);
+    Ok(both.map(|(dialogue, answer)| judge.judge(&dialogue.prompt, answer)).collect())
+}
+
 /// How many of the attacks succeeded, over all and by topic, and in what share of some dialogues the
 /// last request was refused, where there are dialogues.
 pub fn summary(climbs: &[Climb], dialogues: &[Outcome]) -> MultiTurn {
@@ -256,7 +274,11 @@ mod tests {
         assert_eq!(rounds, [3, 2]);
         let succeeded: Vec<bool> = climbs.iter().map(|climb| climb.succeeded).collect();
         assert_eq!(succeeded, [true, false, true]);
-        let summary = summary(&climbs, &[Outcome::Refused, Outcome::Moralised]);
+        let asked = ["p", "q"].map(|prompt| Conversation { turns: vec![], prompt: prompt.into() });
+        let said = |_: &[Conversation]| Ok::<_, ()>(vec![NO.to_owned(), "Sure, here.".into()]);
+        let dialogues = outcomes(&asked, &PhraseJudge::default(), said).unwrap();
+        assert_eq!(dialogues, [Outcome::Refused, Outcome::Complied]);
+        let summary = summary(&climbs, &dialogues);
         assert_eq!((summary.attack_success.n, summary.topics.len()), (3, 2));
         assert_eq!(summary.topics[1].attack_success.rate, 0.5);
         assert_eq!(summary.dialogues_refused.unwrap().rate, 0.5);
