@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+use steering::{Agreement, PhraseJudge, agreement};
 
 use super::options::{Options, Scale};
 use crate::corpus::{self, Appearance, Fingerprint, Prompt};
 use crate::progress::tell;
 use crate::prompts::{Wanted, read_prompts};
-use crate::results::{SetKind, SetSummary};
+use crate::results::{JudgeCheck, SetKind, SetSummary};
+use crate::sets::completions;
 use crate::sets::prompts::{Safety, condition, harmful, xstest};
 use crate::sets::sample;
 
@@ -17,6 +19,16 @@ use crate::sets::sample;
 const N_ORDINARY_COMPLIANCES: usize = 90;
 /// Longer lessons are left out: they would take the time of many.
 const MAX_LESSON_BYTES: usize = 400;
+
+/// Models whose completions people have labelled, and whether the judge's phrases were chosen on
+/// them.
+const LABELLED: [(&str, bool); 5] = [
+    ("gpt4", true),
+    ("llama2new", true),
+    ("llama2orig", false),
+    ("mistralguard", false),
+    ("mistralinstruct", false),
+];
 
 /// Prompts of one kind from one place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -231,6 +243,26 @@ pub(super) fn lessons(options: &Options, scale: &Scale, asked: &Asked) -> Result
     add(Group::Harmful, pick(pairs.iter().map(|pair| pair.harmful.clone()).collect()));
     add(Group::Ordinary, pick(pairs.into_iter().map(|pair| pair.harmless).collect()));
     Ok(lessons)
+}
+
+/// How far the judge agrees with people on XSTest's completions.
+///
+/// # Errors
+/// If a file is there and cannot be read.
+pub(super) fn judge(folder: &Path) -> Result<Vec<JudgeCheck>> {
+    let folder = folder.join("xstest/model_completions");
+    let mut checks = Vec::new();
+    for (set, developed_on) in LABELLED {
+        let path = folder.join(format!("xstest_v2_completions_{set}.csv"));
+        if !path.exists() {
+            continue;
+        }
+        let read = completions::read(&path)?;
+        let labelled = read.iter().map(|c| (c.prompt.as_str(), c.answer.as_str(), c.label));
+        let Agreement { agreeing, partial, .. } = agreement(&PhraseJudge::calibrated(), labelled);
+        checks.push(JudgeCheck { set: set.into(), developed_on, agreeing, partial });
+    }
+    Ok(checks)
 }
 
 /// Drops prompts that are near one of the training or selection splits.

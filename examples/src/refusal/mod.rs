@@ -160,6 +160,7 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
             unsafe_prompts: asked.names(&[SetKind::Unsafe]),
             safe_prompts: asked.names(&[SetKind::LookAlike, SetKind::Ordinary]),
             sets: asked.summaries(),
+            judge: options.sets.as_deref().map_or(Ok(Vec::new()), asked::judge)?,
             seconds: start.elapsed().as_secs_f64(),
         },
         headline: found.headline,
