@@ -20,6 +20,8 @@ mod autodiff;
 mod flex;
 #[cfg(feature = "ndarray")]
 mod ndarray;
+// Burn deprecates ndarray, which the operations name among the backends.
+#[cfg_attr(feature = "ndarray", allow(deprecated))]
 mod ops;
 mod plain_attention;
 mod plain_encode;
