@@ -220,7 +220,7 @@ pub(super) fn lessons(options: &Options, scale: &Scale, asked: &Asked) -> Result
     add(Group::Ordinary, prompts(ordinary));
     add(Group::LookAlike, prompts(alarming));
     let contrasts = spread(corpus::contrasts(), scale.n_lessons.max(100));
-    let (harmful, harmless) =
+    let (harmful, harmless): (Vec<_>, Vec<_>) =
         contrasts.into_iter().map(|pair| (pair.harmful, pair.harmless)).unzip();
     add(Group::Harmful, harmful);
     add(Group::LookAlike, harmless);

@@ -95,7 +95,8 @@ impl Reader<'_> {
         layers.dedup();
         let n_shared = match prompts.len() {
             0 | 1 => 0,
-            _ => common_prefix(prompts),
+            // What is read may lie behind it alone.
+            _ => common_prefix(prompts).min(self.reading.n_before),
         };
         let prefix = match n_shared {
             0 => SharedPrefix::default(),
@@ -221,10 +222,7 @@ fn fit(
     selection: &Selection,
     features: Vec<Feature>,
 ) -> Result<Gate> {
-    let tokens = |prompts: &mut dyn Iterator<Item = &String>| {
-        prompts.map(|prompt| chats.prompt(&[], prompt)).collect::<Result<Vec<_>>>()
-    };
-    let prompts = tokens(&mut lessons.iter().map(|lesson| &lesson.prompt))?;
+    let prompts = tokens(chats, lessons.iter().map(|lesson| &lesson.prompt))?;
     let reversed: Vec<Vec<u32>> =
         prompts.iter().map(|ids| ids.iter().rev().copied().collect()).collect();
     let reading =
@@ -271,9 +269,9 @@ fn fit(
         Ok(read.iter().map(|x| probe.logit(x)).collect())
     };
     let harmful =
-        scores(tokens(&mut selection.unsafe_prompts.iter().map(|prompt| &prompt.prompt))?)?;
+        scores(tokens(chats, selection.unsafe_prompts.iter().map(|prompt| &prompt.prompt))?)?;
     let harmless =
-        scores(tokens(&mut selection.safe_prompts.iter().map(|prompt| &prompt.prompt))?)?;
+        scores(tokens(chats, selection.safe_prompts.iter().map(|prompt| &prompt.prompt))?)?;
     let n_harmful = lessons.iter().filter(|lesson| lesson.group == Group::Harmful).count();
     Ok(Gate {
         threshold,
@@ -283,6 +281,13 @@ fn fit(
         probe,
         reading,
     })
+}
+
+fn tokens<'p>(
+    chats: &Chats<'_>,
+    prompts: impl Iterator<Item = &'p String>,
+) -> Result<Vec<Vec<u32>>> {
+    prompts.map(|prompt| chats.prompt(&[], prompt)).collect()
 }
 
 /// The least of the scores that no more than this share of them exceeds.

@@ -93,8 +93,8 @@ impl Treatments<'_> {
         let best = [self.found.headline.strength];
         let raising = [
             (Method::Latent, &scale.strengths[..]),
-            (Method::Bundle, &scale.bundle_strengths),
-            (Method::MeanDifference, &scale.mean_difference_strengths),
+            (Method::Bundle, &scale.bundle_strengths[..]),
+            (Method::MeanDifference, &scale.mean_difference_strengths[..]),
         ];
         let controls = [Method::UnrelatedLatent, Method::RandomLatent, Method::RandomDirection];
         let controls = controls.map(|method| (method, &best[..]));
@@ -162,7 +162,7 @@ impl Treatments<'_> {
             Method::Base => return Ok(None),
             Method::Latent => planner.clamp(&[*latent], strength),
             Method::Bundle => planner.clamp(bundle, strength),
-            Method::LatentAblated => planner.clamp(bundle, -strength),
+            Method::LatentAblated => planner.clamp(bundle, 0.0 - strength),
             Method::UnrelatedLatent => self.matched(*unrelated, strength),
             Method::RandomLatent => self.matched(*random, strength),
             Method::RandomDirection => {
