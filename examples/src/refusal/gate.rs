@@ -26,8 +26,10 @@ use crate::results::{ConditionSummary, SetRate};
 
 /// Tokens of a forward pass.
 const BATCH_TOKENS: usize = 1024;
-/// Shares of the model's depth at which it is read.
-const DEPTHS: [f64; 3] = [0.4, 0.6, 0.8];
+/// What is read, by shares of the model's depth: of all that was tried on lessons held out, the mean
+/// over the user's words tells most, in the middle of the model, and several blocks more than one.
+const FEATURES: [(f64, At); 4] =
+    [(0.4, At::Mean), (0.54, At::Mean), (0.67, At::Mean), (0.74, At::FromEnd(0))];
 /// Parts of the lessons that are held out in turn, to find the threshold.
 const N_FOLDS: usize = 5;
 /// Of the harmless lessons that look harmful, how many may be taken for it.
@@ -158,7 +160,7 @@ impl Gate {
         let n_layers = loaded.model.config().n_layers;
         let layer = |depth: f64| (depth * n_layers as f64) as usize;
         let mut features: Vec<Feature> = Vec::new();
-        for feature in DEPTHS.map(|depth| Feature { layer: layer(depth), at: At::FromEnd(0) }) {
+        for feature in FEATURES.map(|(depth, at)| Feature { layer: layer(depth), at }) {
             if !features.contains(&feature) {
                 features.push(feature);
             }

@@ -202,7 +202,7 @@ impl Default for Scale {
             n_test_prompts: 80,
             n_published_prompts: 60,
             n_selection_prompts: 24,
-            n_lessons: 400,
+            n_lessons: 800,
             n_candidates: 24,
             n_finalists: 10,
             bundle: 5,
