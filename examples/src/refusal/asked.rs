@@ -232,13 +232,13 @@ pub(super) fn lessons(options: &Options, scale: &Scale, asked: &Asked) -> Result
     let pick = |mut prompts: Vec<String>| -> Vec<String> {
         prompts.sort();
         prompts.dedup();
-        let part = sample::of_all(prompts.len(), 2 * scale.n_lessons, options.seed);
+        let part = sample::of_all(prompts.len(), scale.n_lessons, options.seed);
         let is_new = |prompt: &&String| {
             let fingerprint = Fingerprint::new(prompt);
             prompt.len() < MAX_LESSON_BYTES && !tests.iter().any(|test| test.is_near(&fingerprint))
         };
         let picked = part.into_iter().map(|index| &prompts[index]).filter(is_new);
-        picked.take(scale.n_lessons).cloned().collect()
+        picked.cloned().collect()
     };
     add(Group::Harmful, pick(pairs.iter().map(|pair| pair.harmful.clone()).collect()));
     add(Group::Ordinary, pick(pairs.into_iter().map(|pair| pair.harmless).collect()));
