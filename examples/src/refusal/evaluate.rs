@@ -9,30 +9,40 @@ use super::asked::Asked;
 use super::chats::asked;
 use super::gate::Gate;
 use super::generator::{Generator, Steered};
+use super::ladder::{self, Conversation, Ladder};
 use super::measure::{Abilities, Costs, Fires, Measures};
 use super::options::Scale;
 use super::plans::Treatments;
 use crate::corpus::Turn;
 use crate::progress::bar;
 use crate::results::{
-    Arm, Capability, Condition, Example, Generation, Method, PromptKind, Row, SetKind, SetRate,
-    Treatment,
+    Arm, Capability, Condition, Example, Generation, Method, MultiTurn, PromptKind, Row, SetKind,
+    SetRate, Treatment,
 };
 
 /// Answers shown before and after.
 const N_EXAMPLES: usize = 5;
+/// Ways in which a request of a ladder is put, at most.
+const MAX_TRIES: usize = 2;
 
 /// What the evaluation works on.
 pub(super) struct Setup<'a> {
     pub(super) generator: &'a Generator<'a>,
     pub(super) treatments: &'a Treatments<'a>,
     pub(super) measures: &'a Measures<'a>,
+    pub(super) led: &'a Led,
     pub(super) gate: &'a Gate,
     pub(super) six_shot: &'a [Turn],
     pub(super) asked: &'a Asked,
     /// Whether the condition holds for each prompt asked.
     pub(super) fires: &'a [bool],
     pub(super) scale: &'a Scale,
+}
+
+/// Conversations of several turns.
+pub(super) struct Led {
+    pub(super) ladders: Vec<Ladder>,
+    pub(super) dialogues: Vec<Conversation>,
 }
 
 /// What came of it.
@@ -50,6 +60,7 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
     let costs = setup.costs(&all, &fires)?;
     let answers = setup.answers(&all)?;
     let abilities = setup.abilities(&fires)?;
+    let led = setup.led()?;
 
     let base = costs(base_of(all[0]))?;
     let mut generations = Vec::new();
@@ -67,6 +78,10 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
                 .iter()
                 .find(|(other, _)| other == treatment)
                 .map(|(_, abilities)| setup.measures.capability(&costs, abilities));
+            row.multi_turn = led
+                .iter()
+                .find(|(other, _)| other == treatment)
+                .map(|(_, multi_turn)| multi_turn.clone());
         }
         let refused = setup.refused_unsafe(&judged);
         match treatment.method {
@@ -191,6 +206,58 @@ impl Setup<'_> {
         }
         bar.finish();
         Ok(tested)
+    }
+
+    /// Where conversations lead under the chosen treatments.
+    fn led(&self) -> Result<Vec<(Treatment, MultiTurn)>> {
+        let chosen = self.treatments.chosen();
+        let bar = bar("leading on", chosen.len() as u64);
+        let mut led = Vec::new();
+        for treatment in chosen {
+            let judge = PhraseJudge::calibrated();
+            let steered = self.steered(treatment)?;
+            let plain = self.steered(base_of(treatment))?;
+            let answers = |conversations: &[Conversation]| {
+                self.turns(conversations, &steered, &plain, treatment.condition)
+            };
+            let climbs = ladder::run(&self.led.ladders, &judge, MAX_TRIES, answers)?;
+            let outcomes = match self.led.dialogues.is_empty() {
+                true => Vec::new(),
+                false => ladder::outcomes(&self.led.dialogues, &judge, answers)?,
+            };
+            led.push((treatment, ladder::summary(&climbs, &outcomes)));
+            bar.inc(1);
+        }
+        bar.finish();
+        Ok(led)
+    }
+
+    /// Answers to the last requests of conversations: under a condition, it is decided anew for each.
+    fn turns(
+        &self,
+        conversations: &[Conversation],
+        steered: &Steered<'_>,
+        plain: &Steered<'_>,
+        condition: Condition,
+    ) -> Result<Vec<String>> {
+        let messages: Vec<_> = conversations.iter().map(|c| asked(&c.turns, &c.prompt)).collect();
+        let fires = match condition {
+            Condition::Always => vec![true; messages.len()],
+            Condition::Probe => {
+                let chats = self.generator.chats;
+                let ids = messages.iter().map(|messages| chats.conversation(messages));
+                self.gate.fires(self.generator.loaded, &ids.collect::<Result<Vec<_>>>()?)?
+            }
+        };
+        let mut answers = vec![String::new(); messages.len()];
+        for (wanted, steered) in [(true, steered), (false, plain)] {
+            let own: Vec<usize> = (0..messages.len()).filter(|&i| fires[i] == wanted).collect();
+            let of: Vec<_> = own.iter().map(|&index| messages[index].clone()).collect();
+            let max_new_tokens = self.scale.max_new_tokens;
+            let said = self.generator.answers(&of, steered, max_new_tokens, |_| ())?;
+            own.into_iter().zip(said).for_each(|(index, said)| answers[index] = said);
+        }
+        Ok(answers)
     }
 
     /// Every answer of a treatment with what the judge makes of it.

@@ -13,7 +13,7 @@ use super::gate::Gate;
 use super::generator::{Generator, Steered};
 use super::journal::key;
 use crate::results::{Arithmetic, Capability, MultipleChoice};
-use crate::sets::arithmetic::{Problem, final_number};
+use crate::sets::arithmetic::{Asking, Problem, solve};
 use crate::sets::questions::Question;
 
 /// Tokens of a forward pass.
@@ -165,13 +165,11 @@ impl Measures<'_> {
                     .collect::<Vec<_>>())
             })?);
         }
-        let conversations: Vec<_> =
-            self.problems.iter().map(|problem| asked(&[], &problem.question)).collect();
-        let answers =
-            self.generator.answers(&conversations, steered, self.problem_tokens, progress)?;
-        let solved = answers.iter().zip(&self.problems);
-        let solved =
-            solved.map(|(said, problem)| final_number(said).as_ref() == Some(&problem.answer));
+        let solutions = solve(&self.problems, Asking::default(), |prompts| {
+            let conversations: Vec<_> = prompts.iter().map(|prompt| asked(&[], prompt)).collect();
+            self.generator.answers(&conversations, steered, self.problem_tokens, progress)
+        })?;
+        let solved = solutions.iter().map(|solution| solution.is_right);
         Ok(Abilities { choices, solved: solved.collect() })
     }
 
@@ -188,7 +186,7 @@ impl Measures<'_> {
         let problems: Vec<Vec<u32>> = self
             .problems
             .iter()
-            .map(|problem| chats.prompt(&[], &problem.question))
+            .map(|problem| chats.prompt(&[], &Asking::default().prompt(&problem.question)))
             .collect::<Result<_>>()?;
         let items = json!([texts, self.harmful, self.harmless, sets, problems]);
         let of = json!({ "fires": 1, "gate": gate, "items": key(&items) });

@@ -15,6 +15,7 @@ mod find;
 mod gate;
 mod generator;
 mod journal;
+pub mod ladder;
 mod measure;
 mod options;
 mod plans;
@@ -34,10 +35,11 @@ use crate::corpus;
 use crate::device::device;
 use crate::progress::{step, tell};
 use crate::results::{Condition, Generation, Results, SetKind, Settings, Treatment};
-use crate::sets::{arithmetic, questions, sample};
+use crate::sets::{arithmetic, dialogues, questions, sample};
 use crate::storage::write_whole;
 use asked::Asked;
 use chats::{Chats, Corpus};
+use evaluate::Led;
 use gate::Gate;
 use generator::Generator;
 use journal::Journal;
@@ -127,12 +129,14 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     tell(&found.summary(&trained));
 
     step("Generating answers");
+    let led = led(options, &scale)?;
     let treatments = Treatments { planner: &planner, found: &found, seed: options.seed };
     let measures = measures(options, &scale, &generator, &corpus, &asked, &found.refusal_tokens)?;
     let evaluation = evaluate::evaluate(&evaluate::Setup {
         generator: &generator,
         treatments: &treatments,
         measures: &measures,
+        led: &led,
         gate: &gate,
         six_shot: &training.six_shot,
         asked: &asked,
@@ -255,6 +259,21 @@ fn measures<'a>(
         problem_set: problem_set.into(),
         problem_tokens: scale.problem_tokens,
     })
+}
+
+/// Conversations that are led: the authors' ladders, and dialogues of a preference set.
+fn led(options: &Options, scale: &Scale) -> Result<Led> {
+    let mut ladders = ladder::own();
+    ladders.truncate(scale.n_ladders);
+    let dialogues = match &options.sets {
+        None => Vec::new(),
+        Some(folder) => {
+            let all = dialogues::hh(&folder.join("hh-rlhf/harmless-base-test.jsonl.gz"), 2)?;
+            let part = sample::of_all(all.len(), scale.n_dialogues, options.seed);
+            part.into_iter().map(|index| all[index].clone()).collect()
+        }
+    };
+    Ok(Led { ladders, dialogues })
 }
 
 /// Held-out texts of so many tokens, with how many stand before the first answer of each.

@@ -122,6 +122,10 @@ pub struct Scale {
     pub n_problems: usize,
     /// Tokens of the answer to a word problem.
     pub problem_tokens: usize,
+    /// Conversations that lead up to harm.
+    pub n_ladders: usize,
+    /// Dialogues of a published set.
+    pub n_dialogues: usize,
     /// Multiples of the largest activation to clamp one latent to.
     pub strengths: Vec<f64>,
     /// The same for the latents of a bundle, which add up.
@@ -214,6 +218,8 @@ impl Default for Scale {
             n_other_questions: 40,
             n_problems: 16,
             problem_tokens: 48,
+            n_ladders: 15,
+            n_dialogues: 40,
             strengths: vec![0.5, 1.0, 1.5, 2.0],
             bundle_strengths: vec![0.4, 0.6, 0.8, 1.0],
             mean_difference_strengths: vec![1.0, 2.0],
@@ -240,6 +246,7 @@ impl Scale {
             n_questions: 8,
             n_problems: 2,
             problem_tokens: 16,
+            n_ladders: 2,
             strengths: vec![1.0, 2.0],
             bundle_strengths: vec![0.4, 0.6],
             mean_difference_strengths: vec![2.0],
@@ -265,6 +272,7 @@ impl Scale {
             n_other_questions: 200,
             n_problems: 50,
             problem_tokens: 160,
+            n_dialogues: 100,
             strengths: vec![0.5, 1.0, 1.5, 2.0, 3.0],
             bundle_strengths: vec![0.2, 0.4, 0.6, 0.8, 1.0],
             mean_difference_strengths: vec![0.5, 1.0, 1.5, 2.0],
