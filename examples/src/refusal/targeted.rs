@@ -57,7 +57,7 @@ pub(super) fn direction(
     let mut rng = ChaCha8Rng::seed_from_u64(wanted.seed ^ 0x7A26_E7ED);
     let others: Vec<usize> =
         wanted.others.iter().copied().filter(|&latent| latent != wanted.latent).collect();
-    let others: Vec<usize> = others.choose_multiple(&mut rng, N_OTHERS).copied().collect();
+    let others: Vec<usize> = others.sample(&mut rng, N_OTHERS).copied().collect();
     let seen: Vec<usize> = std::iter::once(wanted.latent).chain(others).collect();
     // What latents write is where the model is to be found; the rest is what else there is.
     let written = sae.directions();
