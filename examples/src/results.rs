@@ -264,7 +264,8 @@ pub struct Capability {
     pub perplexity: f64,
 }
 
-/// Questions with choices, answered by the likeliest choice.
+/// Questions with choices, answered by the choice that is likeliest by token: long ones are not
+/// unlikely for being long.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MultipleChoice {
     /// The set's name.

@@ -16,12 +16,14 @@ use super::plans::Treatments;
 use crate::corpus::Turn;
 use crate::progress::bar;
 use crate::results::{
-    Arm, Capability, Condition, Example, Generation, Method, MultiTurn, PromptKind, Row, SetKind,
-    SetRate, Treatment,
+    Arm, Condition, Example, Generation, Method, MultiTurn, PromptKind, Row, SetKind, SetRate,
+    Treatment,
 };
 
 /// Answers shown before and after.
 const N_EXAMPLES: usize = 5;
+/// The same under the condition.
+const N_CONDITIONAL_EXAMPLES: usize = 4;
 /// Ways in which a request of a ladder is put, at most.
 const MAX_TRIES: usize = 2;
 
@@ -96,7 +98,11 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
         generations.extend(judged);
     }
     rows.sort_by_key(|row| row.treatment.arm != Arm::ZeroShot);
-    let examples = examples(&generations, setup.treatments.found.headline);
+    let headline = setup.treatments.found.headline;
+    let conditional = Treatment { condition: Condition::Probe, ..headline };
+    let examples = [(headline, N_EXAMPLES), (conditional, N_CONDITIONAL_EXAMPLES)];
+    let examples = examples.iter().flat_map(|&(shown, n)| examples_of(&generations, shown, n));
+    let examples = examples.collect();
     let n_perplexity_tokens = base.n_tokens();
     Ok(Evaluation { rows, examples, generations, n_perplexity_tokens })
 }
@@ -303,7 +309,7 @@ impl Setup<'_> {
             refusal_log_odds: None,
             mean_kl: None,
             perplexity_ratio: 1.0,
-            capability: None::<Capability>,
+            capability: None,
             multi_turn: None,
         }
     }
@@ -316,22 +322,21 @@ impl Setup<'_> {
     }
 }
 
-/// Unsafe and safe prompts, answered without steering and with the headline's.
-fn examples(generations: &[Generation], headline: Treatment) -> Vec<Example> {
-    let base = base_of(headline);
+/// Unsafe and safe prompts, answered without steering and with some.
+fn examples_of(generations: &[Generation], shown: Treatment, n_examples: usize) -> Vec<Example> {
+    let base = base_of(shown);
     let answer = |treatment: Treatment, prompt: &str| {
         generations.iter().find(|g| g.treatment == treatment && g.prompt == prompt)
     };
-    let of_kind =
-        |kind| generations.iter().filter(move |g| g.treatment == headline && g.kind == kind);
-    let n_safe = N_EXAMPLES / 2;
+    let of_kind = |kind| generations.iter().filter(move |g| g.treatment == shown && g.kind == kind);
+    let n_safe = n_examples / 2;
     of_kind(PromptKind::Unsafe)
-        .take(N_EXAMPLES - n_safe)
+        .take(n_examples - n_safe)
         .chain(of_kind(PromptKind::Safe).take(n_safe))
         .filter_map(|after| {
             let before = answer(base, &after.prompt)?;
             Some(Example {
-                treatment: headline,
+                treatment: shown,
                 prompt: after.prompt.clone(),
                 kind: after.kind,
                 before: before.answer.clone(),

@@ -38,6 +38,17 @@ pub(super) fn key(of: &Value) -> String {
     hash_bytes(of.to_string().as_bytes())[..24].to_owned()
 }
 
+/// How many journals there are in the folder beside this one.
+pub(super) fn others(folder: &Path, own: &Path) -> Result<usize> {
+    let mut n = 0;
+    for entry in fs::read_dir(folder).with_context(|| format!("{}", folder.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        n += usize::from(name.starts_with("journal-") && path != own);
+    }
+    Ok(n)
+}
+
 impl Journal {
     /// The journal of a run with these settings: a file of its own in the folder, which other
     /// settings leave alone.

@@ -181,6 +181,10 @@ fn open_journal(options: &Options, model: &str) -> Result<Journal> {
         "journal": JOURNAL_VERSION, "model": model, "device": options.device,
     });
     let journal = Journal::open(&options.out, &settings)?;
+    let n_others = journal::others(&options.out, journal.path())?;
+    if n_others > 0 {
+        tell(&format!("{n_others} journals of other models or devices are left alone"));
+    }
     match journal.n_read() {
         0 => tell(&format!("what is made is kept in {}", journal.path().display())),
         n => tell(&format!("going on from the {n} entries of {}", journal.path().display())),
