@@ -18,7 +18,7 @@ use crate::sets::sample;
 /// Of the authors' compliances, those that nobody would doubt; the others look alarming.
 const N_ORDINARY_COMPLIANCES: usize = 90;
 /// Longer lessons are left out: they would take the time of many.
-const MAX_LESSON_BYTES: usize = 400;
+const MAX_LESSON_BYTES: usize = 220;
 
 /// Models whose completions people have labelled, and whether the judge's phrases were chosen on
 /// them.
@@ -219,7 +219,7 @@ pub(super) fn lessons(options: &Options, scale: &Scale, asked: &Asked) -> Result
     add(Group::Harmful, prompts(&training.refusals));
     add(Group::Ordinary, prompts(ordinary));
     add(Group::LookAlike, prompts(alarming));
-    let contrasts = spread(corpus::contrasts(), scale.n_lessons.max(100));
+    let contrasts = spread(corpus::contrasts(), scale.n_contrasts);
     let (harmful, harmless): (Vec<_>, Vec<_>) =
         contrasts.into_iter().map(|pair| (pair.harmful, pair.harmless)).unzip();
     add(Group::Harmful, harmful);

@@ -29,15 +29,15 @@ const BATCH_TOKENS: usize = 1024;
 /// What is read, by shares of the model's depth: of all that was tried on lessons held out, the mean
 /// over the user's words tells most, in the middle of the model, and several blocks more than one.
 const FEATURES: [(f64, At); 4] =
-    [(0.4, At::Mean), (0.54, At::Mean), (0.67, At::Mean), (0.74, At::FromEnd(0))];
+    [(0.47, At::Mean), (0.54, At::Mean), (0.61, At::Mean), (0.87, At::FromEnd(0))];
 /// Parts of the lessons that are held out in turn, to find the threshold.
 const N_FOLDS: usize = 5;
 /// Of the harmless lessons that look harmful, how many may be taken for it.
 const LOOK_ALIKES_ALLOWED: f64 = 0.05;
 /// The same of the ordinary ones.
 const ORDINARY_ALLOWED: f64 = 0.01;
-/// The probe's penalty, on features brought to deviation 1.
-const PENALTY: f64 = 100.0;
+/// The probe's penalty for each lesson, on features brought to deviation 1.
+const PENALTY: f64 = 0.01;
 
 /// A linear probe of what the model makes of a request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -242,8 +242,10 @@ fn fit(
             let data = TensorData::new(rows.concat(), [rows.len(), reader.width()]);
             Ok(Tensor::<2>::from_data(data, loaded.model.device()))
         };
-        let options = LogisticOptions { l2: PENALTY, standardize: true };
-        Ok(LogisticProbe::fit(&of_class(true)?, &of_class(false)?, options))
+        let (harmful, harmless) = (of_class(true)?, of_class(false)?);
+        let n_lessons = harmful.dims()[0] + harmless.dims()[0];
+        let options = LogisticOptions { l2: PENALTY * n_lessons as f64, standardize: true };
+        Ok(LogisticProbe::fit(&harmful, &harmless, options))
     };
 
     let mut unseen = vec![0.0; lessons.len()];

@@ -100,6 +100,8 @@ pub struct Scale {
     pub n_selection_prompts: usize,
     /// Requests of each kind that a condition is learnt from, of a published set.
     pub n_lessons: usize,
+    /// Pairs of requests that it is learnt from, of the authors'.
+    pub n_contrasts: usize,
     /// Candidates whose effect on the log-odds is measured.
     pub n_candidates: usize,
     /// Of those, how many are tried by generating answers.
@@ -206,7 +208,8 @@ impl Default for Scale {
             n_test_prompts: 80,
             n_published_prompts: 60,
             n_selection_prompts: 24,
-            n_lessons: 800,
+            n_lessons: 300,
+            n_contrasts: 1_000,
             n_candidates: 24,
             n_finalists: 10,
             bundle: 5,
@@ -237,6 +240,7 @@ impl Scale {
             n_published_prompts: 20,
             n_selection_prompts: 12,
             n_lessons: 100,
+            n_contrasts: 120,
             n_candidates: 16,
             n_finalists: 6,
             n_trial_vectors: 64,
