@@ -172,7 +172,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let settings = json!({ "model": "m" });
         let journal = Journal::open(folder.path(), &settings).unwrap();
-        let value = journal.once("a", || Ok(0.1 + 0.2)).unwrap();
+        let value: f64 = journal.once("a", || Ok(0.1 + 0.2)).unwrap();
         journal.keep([("b".to_owned(), "text"), ("c".to_owned(), "more")].map(owned)).unwrap();
         let path = journal.path().to_owned();
         drop(journal);
