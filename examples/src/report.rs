@@ -381,6 +381,7 @@ mod tests {
                 unsafe_prompts: "unsafe.csv".into(),
                 safe_prompts: "safe.csv".into(),
                 sets: Vec::new(),
+                judge: Vec::new(),
                 seconds: 754.0,
             },
             headline,

@@ -174,8 +174,24 @@ pub struct Settings {
     /// The sets of the test split. Of several unsafe ones, `unsafe_rate` is of the first.
     #[serde(default)]
     pub sets: Vec<SetSummary>,
+    /// How far the judge agrees with people, where their labels were given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub judge: Vec<JudgeCheck>,
     /// How long it all took, in seconds.
     pub seconds: f64,
+}
+
+/// How far the judge agrees with people on the answers of another model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JudgeCheck {
+    /// Whose answers.
+    pub set: String,
+    /// Whether the judge's phrases were chosen on these.
+    pub developed_on: bool,
+    /// Share of the answers, partial refusals left out, on which both agree.
+    pub agreeing: Rate,
+    /// Share of the partial refusals that the judge takes for refusals.
+    pub partial: Rate,
 }
 
 /// What was done to the model.
@@ -248,7 +264,8 @@ pub struct Capability {
     pub perplexity: f64,
 }
 
-/// Questions with choices, answered by the likeliest choice.
+/// Questions with choices, answered by the choice that is likeliest by token: long ones are not
+/// unlikely for being long.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MultipleChoice {
     /// The set's name.
