@@ -1,15 +1,19 @@
 //! What steering costs while a model decodes, beside the same model left alone.
 //!
-//! The runs of all treatments take turns, so that what else the machine does meets all of them, and
-//! the median token of each is compared.
+//! All treatments take turns within one generation, token by token, so that what else the machine does
+//! meets all of them, and the median token of each is compared.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use burn::tensor::{Device, Tensor};
 use examples::assets::locate_model;
-use model_hooks::{GenerateConfig, Hook, HookPoint, LanguageModel, SharedPrefix, load, unobserved};
+use model_hooks::{
+    GenerateConfig, Hook, HookError, HookPoint, LanguageModel, Positions, SharedPrefix, load,
+    unobserved,
+};
 use sae_core::{Activation, Sae, SaeConfig, SaeWeights};
 use serde::Serialize;
 use steering::{
@@ -17,13 +21,13 @@ use steering::{
     Steering, random_direction, residual_writers,
 };
 
-/// Tokens decoded in a run, after the first.
-const N_DECODED: usize = 32;
 /// Latents kept of a TopK autoencoder.
 const K: usize = 32;
 /// Prompts and new tokens of the comparison of batches with one at a time.
 const N_PROMPTS: usize = 100;
 const N_NEW: usize = 32;
+/// Of these prompts so many are asked one at a time.
+const N_ALONE: usize = 10;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -36,9 +40,12 @@ pub(crate) struct Options {
     /// Latents of the autoencoder.
     #[arg(long, default_value_t = 4608)]
     d_sae: usize,
-    /// Runs of each treatment.
-    #[arg(long, default_value_t = 5)]
-    n_runs: usize,
+    /// Tokens of each treatment; of batches, runs of either kind.
+    #[arg(long)]
+    n_rounds: Option<usize>,
+    /// Only these treatments, beside the model left alone.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    only: Vec<String>,
     /// Measures batches against one prompt at a time in place of the treatments.
     #[arg(long)]
     batches: bool,
@@ -48,8 +55,10 @@ pub(crate) struct Options {
 struct Line<'a> {
     name: &'a str,
     tokens_per_s: f64,
-    /// Of the tokens per second of the model left alone.
+    /// Of the tokens per second of the model left alone, by the medians.
     share_of_plain: f64,
+    /// The same by the fastest tenth, which the rest of the machine disturbs least.
+    share_of_plain_at_best: f64,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -98,8 +107,10 @@ fn treatments(model: &LanguageModel, options: &Options) -> Result<()> {
     };
     let everywhere =
         Steering::new(residual_writers(model.hook_points()), ablate(), Region::default())?;
-    let mut hooks = [
+    let hooks = [
         ("plain", None),
+        // Nothing as well: what differs is the machine.
+        ("plain_again", None),
         ("add", at_point(add())?),
         ("add_on_condition", at_point(add())?.map(|s| s.when(condition)).transpose()?),
         ("ablate", at_point(ablate())?),
@@ -109,37 +120,100 @@ fn treatments(model: &LanguageModel, options: &Options) -> Result<()> {
         ("clamp_topk_threshold", at_point(latent(&top_k, Reading::Threshold(1.0)))?),
         ("clamp_topk_exact", at_point(latent(&top_k, Reading::Exact))?),
     ];
-    let mut times = vec![Vec::new(); hooks.len()];
-    for _ in 0..options.n_runs {
-        for (times, (_, hook)) in times.iter_mut().zip(&mut hooks) {
-            times.extend(decode(model, hook)?);
-        }
+    let known = hooks.each_ref().map(|(name, _)| *name);
+    if let Some(name) = options.only.iter().find(|name| !known.contains(&name.as_str())) {
+        bail!("no treatment {name:?}: expected some of {}", known.join(", "));
     }
-    let medians: Vec<f64> = times.into_iter().map(median).collect();
-    for ((name, _), seconds) in hooks.iter().zip(&medians) {
-        let (tokens_per_s, share_of_plain) = (1.0 / seconds, medians[0] / seconds);
-        let line = Line { name, tokens_per_s, share_of_plain };
+    let is_wanted = |name: &str| {
+        let only = &options.only;
+        only.is_empty() || name == known[0] || only.iter().any(|wanted| wanted == name)
+    };
+    let (names, mut hooks): (Vec<_>, Vec<_>) =
+        hooks.into_iter().filter(|(name, _)| is_wanted(name)).unzip();
+    let times = take_turns(model, &mut hooks, options.n_rounds.unwrap_or(40))?;
+    let at = |share: f64| -> Vec<f64> {
+        times.iter().map(|times| quantile(times.clone(), share)).collect()
+    };
+    let (medians, fast) = (at(0.5), at(0.1));
+    for (index, name) in names.into_iter().enumerate() {
+        let line = Line {
+            name,
+            tokens_per_s: 1.0 / medians[index],
+            share_of_plain: medians[0] / medians[index],
+            share_of_plain_at_best: fast[0] / fast[index],
+        };
         println!("{}", serde_json::to_string(&line)?);
     }
     Ok(())
 }
 
-/// The seconds of each token but the first.
-fn decode<H: Hook>(model: &LanguageModel, hook: &mut H) -> Result<Vec<f64>> {
-    let mut stamps = Vec::with_capacity(N_DECODED + 1);
-    let stamp = |_: model_hooks::NewToken<'_>| {
-        stamps.push(Instant::now());
+/// Hooks of which one at a time is at work, and all of them at the prompt: conditions are decided there.
+struct Turns<'a, H> {
+    hooks: &'a mut [H],
+    turn: &'a Cell<usize>,
+}
+
+impl<H: Hook> Hook for Turns<'_, H> {
+    fn wants(&self, point: HookPoint) -> bool {
+        match self.hooks.get(self.turn.get()) {
+            Some(hook) => hook.wants(point),
+            None => self.hooks.iter().any(|hook| hook.wants(point)),
+        }
+    }
+
+    fn at<const D: usize>(
+        &mut self,
+        point: HookPoint,
+        x: Tensor<D>,
+        positions: &Positions,
+    ) -> Tensor<D> {
+        if let Some(hook) = self.hooks.get_mut(self.turn.get()) {
+            return hook.at(point, x, positions);
+        }
+        let wanting = self.hooks.iter_mut().filter(|hook| hook.wants(point));
+        wanting.fold(x, |x, hook| hook.at(point, x, positions))
+    }
+
+    fn finish(&mut self) -> Result<(), HookError> {
+        self.hooks.iter_mut().try_for_each(Hook::finish)
+    }
+}
+
+/// The seconds of `n_rounds` tokens under each hook, every other round in reverse.
+fn take_turns<H: Hook>(
+    model: &LanguageModel,
+    hooks: &mut [H],
+    n_rounds: usize,
+) -> Result<Vec<Vec<f64>>> {
+    let n = hooks.len();
+    let whose = |step: usize| match (step / n).is_multiple_of(2) {
+        true => step % n,
+        false => n - 1 - step % n,
+    };
+    // Nobody's: the prompt, then the first round, for what is allocated once.
+    let turn = Cell::new(n);
+    let mut times = vec![Vec::with_capacity(n_rounds); n];
+    let mut started = Instant::now();
+    let observe = |new: model_hooks::NewToken<'_>| {
+        let seconds = started.elapsed().as_secs_f64();
+        let step = new.answer.len() - 1;
+        if step > n {
+            times[turn.get()].push(seconds);
+        }
+        turn.set(whose(step));
+        started = Instant::now();
         ControlFlow::Continue(())
     };
     let prompt = prompt(0, model.config().d_vocab);
-    let config = GenerateConfig::greedy(N_DECODED + 1, vec![]);
-    model.generate(&[prompt], &SharedPrefix::default(), &config, hook, stamp)?;
-    Ok(stamps.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect())
+    let config = GenerateConfig::greedy((n_rounds + 1) * n + 1, vec![]);
+    let mut hook = Turns { hooks, turn: &turn };
+    model.generate(&[prompt], &SharedPrefix::default(), &config, &mut hook, observe)?;
+    Ok(times)
 }
 
-fn median(mut seconds: Vec<f64>) -> f64 {
+fn quantile(mut seconds: Vec<f64>, share: f64) -> f64 {
     seconds.sort_unstable_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
+    seconds[(seconds.len() as f64 * share) as usize]
 }
 
 /// Any ids do; of 16 to 31 tokens.
@@ -156,16 +230,18 @@ fn batches(model: &LanguageModel, options: &Options) -> Result<()> {
     let prompts: Vec<_> = (0..N_PROMPTS).map(|i| prompt(i, model.config().d_vocab)).collect();
     let config = GenerateConfig::greedy(N_NEW, vec![]);
     let none = SharedPrefix::default();
-    let start = Instant::now();
-    model.generate(&prompts, &none, &config, &mut steering, unobserved)?;
-    let together = start.elapsed().as_secs_f64();
-    // A tenth of them tells how long one takes.
-    let start = Instant::now();
-    let alone = prompts.iter().step_by(10);
-    for prompt in alone.clone() {
-        model.generate(&[prompt], &none, &config, &mut steering, unobserved)?;
+    let (mut together, mut alone) = (Vec::new(), Vec::new());
+    for _ in 0..options.n_rounds.unwrap_or(2) {
+        let start = Instant::now();
+        model.generate(&prompts, &none, &config, &mut steering, unobserved)?;
+        together.push(start.elapsed().as_secs_f64());
+        for prompt in prompts.iter().step_by(N_PROMPTS / N_ALONE) {
+            let start = Instant::now();
+            model.generate(&[prompt], &none, &config, &mut steering, unobserved)?;
+            alone.push(start.elapsed().as_secs_f64());
+        }
     }
-    let each = start.elapsed().as_secs_f64() / alone.count() as f64;
+    let (together, each) = (quantile(together, 0.5), quantile(alone, 0.5));
     let line = serde_json::json!({
         "name": "batch_of_100",
         "tokens_per_s": (N_PROMPTS * N_NEW) as f64 / together,

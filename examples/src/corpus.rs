@@ -4,6 +4,10 @@ use std::collections::HashSet;
 
 use serde::Deserialize;
 
+use crate::sets::arithmetic::{Problem, final_number};
+use crate::sets::prompts::Pair;
+use crate::sets::questions::Question;
+
 /// A prompt with an answer.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Turn {
@@ -90,6 +94,32 @@ pub fn selection() -> Selection {
         unsafe_prompts: authored!("select_unsafe.jsonl"),
         safe_prompts: authored!("select_safe.jsonl"),
     }
+}
+
+/// Requests of the training split that look alike, one of each two harmful: to learn from what a
+/// request asks rather than from how it sounds.
+pub fn contrasts() -> Vec<Pair> {
+    authored!("train_contrasts.jsonl")
+}
+
+/// Easy questions with four choices.
+pub fn questions() -> Vec<Question> {
+    authored!("questions.jsonl")
+}
+
+/// Easy word problems.
+pub fn problems() -> Vec<Problem> {
+    #[derive(Deserialize)]
+    struct Line {
+        question: String,
+        answer: String,
+    }
+    let lines: Vec<Line> = authored!("problems.jsonl");
+    let problem = |Line { question, answer }| Problem {
+        question,
+        answer: final_number(&answer).expect("every answer ends with a number"),
+    };
+    lines.into_iter().map(problem).collect()
 }
 
 /// The test split.
@@ -210,8 +240,10 @@ pub fn seen_prompts() -> Vec<Fingerprint> {
     let turns = [training.refusals, training.compliances, training.six_shot];
     let turns = turns.into_iter().chain([selection.refusals, selection.compliances]).flatten();
     let prompts = [selection.unsafe_prompts, selection.safe_prompts].into_iter().flatten();
+    let contrasts = contrasts().into_iter().flat_map(|pair| [pair.harmful, pair.harmless]);
     turns
         .map(|turn| turn.prompt)
+        .chain(contrasts)
         .chain(prompts.map(|prompt| prompt.prompt))
         .map(|prompt| Fingerprint::new(&prompt))
         .collect()
@@ -229,6 +261,7 @@ mod tests {
             of_turns(training.refusals)
                 .chain(of_turns(training.compliances))
                 .chain(of_turns(training.six_shot))
+                .chain(contrasts().into_iter().flat_map(|pair| [pair.harmful, pair.harmless]))
                 .collect(),
             of_turns(selection.refusals)
                 .chain(of_turns(selection.compliances))
@@ -263,6 +296,18 @@ mod tests {
         let n_look_alikes = test.safe_prompts.iter().filter(look_alike).count();
         assert_eq!(2 * n_look_alikes, test.safe_prompts.len());
         assert_eq!(training.six_shot.len(), 6);
+        assert!(contrasts().len() >= 300 && questions().len() >= 40 && problems().len() >= 16);
+    }
+
+    #[test]
+    fn right_answers_are_among_the_choices_and_in_every_place() {
+        let questions = questions();
+        let mut places = [0; 4];
+        for question in &questions {
+            assert_eq!(question.choices.len(), 4);
+            places[question.answer] += 1;
+        }
+        assert_eq!(places, [questions.len() / 4; 4]);
     }
 
     #[test]

@@ -49,5 +49,8 @@ fn bad_input_is_one_line_and_exit_code_2() {
     fails(folder, &["--model", &path("empty")], &["config.json"]);
     fails(folder, &["--model", &tiny], &["tokenizer", "--model"]);
     fails(folder, &["--device", "abacus"], &["abacus", "flex"]);
+    fails(folder, &["--preset", "gpt5"], &["gpt5", "smollm2", "phi3-mini"]);
+    fails(folder, &["--full"], &["--full", "--sets"]);
+    fails(folder, &["--quick", "--full", "--sets", "x"], &["exclude"]);
     fails(folder, &["--strengths", "NaN"], &["NaN", "finite"]);
 }

@@ -68,11 +68,11 @@ fn a_scripted_conversation() {
     let answer = |line: usize, prompt: &str| lines[line].strip_prefix(prompt).unwrap();
     let plain = answer(0, "plain> ");
     assert!(plain.contains("Paris") || plain.len() > 5, "{plain:?}");
-    assert_eq!(answer(1, "plain> "), "nothing steers yet: give a plan, or /clamp");
+    assert!(answer(1, "plain> ").starts_with("nothing steers yet: /steer PATH"), "{lines:?}");
     assert!(answer(2, "plain> ").contains("latent 99 is out of range"), "{lines:?}");
     assert!(answer(3, "plain> ").contains("there is no command /stear"), "{lines:?}");
     assert_eq!(answer(4, "plain> "), "A new conversation.");
-    assert_eq!(answer(5, "plain> "), "Clamping 1 latents.");
+    assert_eq!(answer(5, "plain> "), "Clamping 7 to 300.");
     let steered = answer(6, "steered> ");
     assert_ne!(steered, plain);
     assert!(answer(7, "steered> ").starts_with("Saved "), "{lines:?}");
@@ -84,10 +84,22 @@ fn a_scripted_conversation() {
         .split('⟨')
         .map(|part| part.split_once('⟩').map_or(part, |(_, rest)| rest))
         .collect();
-    assert_eq!(without, plain);
+    assert_eq!(without.trim_end(), plain);
+    assert!(watched.contains("\n⟨latent 7: active on "), "{watched}");
     // Nothing behind /quit.
     assert_eq!(lines.len(), 15, "{lines:?}");
 
     let lines = said(&["--plan", path], &loaded, &saes, question);
     assert_eq!(lines[0].strip_prefix("steered> ").unwrap(), steered);
+
+    // The same plan, read while the conversation runs; one that is none changes nothing.
+    let script = format!("/steer nowhere.json\n/steer {path}\n/steer nowhere.json\n{question}\n");
+    let lines = said(&[], &loaded, &saes, &script);
+    assert!(lines[0].starts_with("plain> the plan nowhere.json: "), "{lines:?}");
+    assert_eq!(lines[1], format!("plain> Steering by {path}."));
+    assert_eq!(lines[3].strip_prefix("steered> ").unwrap(), steered);
+
+    let lines = said(&[], &loaded, &BTreeMap::new(), &format!("/clamp 7=1\n/steer {path}\n"));
+    assert!(lines[0].ends_with("start with --sae NAME=PATH"), "{lines:?}");
+    assert!(lines[1].ends_with("start with --sae s=PATH"), "{lines:?}");
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use examples::sets::prompts::{Pair, Safety};
 use examples::sets::questions::Question;
-use examples::sets::{SetError, arithmetic, completions, prompts, questions};
+use examples::sets::{SetError, arithmetic, behavior, completions, dialogues, prompts, questions};
 use steering::{HumanLabel, Judge, Outcome, PhraseJudge, agreement};
 
 struct Folder(tempfile::TempDir);
@@ -44,6 +44,27 @@ fn prompts_are_read_as_they_are_published() {
     let path = folder.file("c.json", &format!(r#"{{"train": [{pair}], "test": [{pair}]}}"#));
     let expected = Pair { harmful: "a".into(), harmless: "b".into() };
     assert_eq!(prompts::condition(&path).unwrap().test, [expected]);
+}
+
+#[test]
+fn answers_and_dialogues_are_read_as_they_are_published() {
+    let folder = Folder::new();
+    let text = r#"{"compliant_responses": ["Sure! The"], "non_compliant_responses": ["I can't "]}"#;
+    let read = behavior::read(&folder.file("b.json", text)).unwrap();
+    assert_eq!((&*read.complying[0], &*read.refusing[0]), ("Sure! The", "I can't"));
+
+    let dialogue = |n: usize| {
+        let turns = (0..n).map(|i| format!("\n\nHuman: ask {i}\n\nAssistant: answer {i}"));
+        let text = turns.collect::<String>();
+        serde_json::json!({"chosen": text, "rejected": text + "!"}).to_string()
+    };
+    let path = folder.file("d.jsonl", &[1, 3, 2].map(dialogue).join("\n"));
+    let all = dialogues::hh(&path, 1).unwrap();
+    assert_eq!(all.len(), 3);
+    let long = dialogues::hh(&path, 3).unwrap();
+    assert_eq!(long.len(), 1);
+    assert_eq!((long[0].turns.len(), &*long[0].prompt), (2, "ask 2"));
+    assert_eq!(long[0].turns[1].answer, "answer 1");
 }
 
 #[test]
@@ -115,6 +136,18 @@ fn what_is_no_set_is_a_typed_error() {
     assert!(matches!(error, SetError::Value { field: "answerKey", .. }));
     let problems = folder.file("g.jsonl", "{\"question\": \"q\", \"answer\": \"#### none\"}");
     assert!(matches!(arithmetic::gsm8k(&problems), Err(SetError::Value { .. })));
+    let behavior = |text: &str| behavior::read(&folder.file("b.json", text)).unwrap_err();
+    let one_sided = behavior(r#"{"compliant_responses": ["a"], "non_compliant_responses": []}"#);
+    assert!(matches!(one_sided, SetError::Empty { .. }));
+    let blank = behavior(r#"{"compliant_responses": [" "], "non_compliant_responses": ["b"]}"#);
+    assert!(matches!(blank, SetError::Value { row: 0, field: "compliant_responses", .. }));
+    assert!(matches!(behavior(r#"{"compliant_responses": ["a"]}"#), SetError::Json { .. }));
+    let dialogues = |text: &str| dialogues::hh(&folder.file("d.jsonl", text), 2).unwrap_err();
+    let short = dialogues(r#"{"chosen": "\n\nHuman: a", "rejected": ""}"#);
+    assert!(matches!(short, SetError::Empty { .. }));
+    let none = dialogues(r#"{"chosen": "Hello", "rejected": ""}"#);
+    assert!(matches!(none, SetError::Value { row: 0, field: "chosen", .. }));
+    assert!(matches!(dialogues("{}"), SetError::Pairs(_)));
     let completion = folder.file("d.csv", "prompt,completion,final_label\na,b,4_other\n");
     let error = completions::read(&completion).unwrap_err();
     assert!(matches!(error, SetError::Value { field: "final_label", .. }));
@@ -149,6 +182,11 @@ fn published_sets_are_read_in_full() {
     let commonsense = questions::commonsense_qa(&at("commonsenseqa/dev_rand_split.jsonl"));
     assert_eq!(commonsense.unwrap().len(), 1221);
     assert_eq!(arithmetic::gsm8k(&at("gsm8k/test.jsonl")).unwrap().len(), 1319);
+    let behavior = behavior::read(&at("activation-steering/behavior_refusal.json")).unwrap();
+    assert_eq!((behavior.complying.len(), behavior.refusing.len()), (100, 100));
+    let dialogues = dialogues::hh(&at("hh-rlhf/harmless-base-test.jsonl.gz"), 2).unwrap();
+    eprintln!("{} dialogues of two requests or more", dialogues.len());
+    assert!((1600..=1650).contains(&dialogues.len()), "{}", dialogues.len());
 }
 
 /// The list of substrings that others judge by, with curly apostrophes made straight.

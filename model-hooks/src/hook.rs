@@ -13,6 +13,10 @@ pub trait Hook {
     /// Whether this hook looks at `point`. What nobody wants may not be computed at all.
     fn wants(&self, point: HookPoint) -> bool;
 
+    /// Told the tokens of a pass before anything else of it, row by row; those that have no position
+    /// are padding, and mean nothing. A pass that begins behind the embedding tells none.
+    fn tokens(&mut self, _: &[u32], _: &Positions) {}
+
     /// The activation that the pass goes on with in place of `x`; axes as [`HookPoint::axes`].
     /// Called only where [`wants`](Self::wants) says so.
     fn at<const D: usize>(
@@ -59,6 +63,12 @@ pub enum HookError {
         /// The width of the activation.
         actual: usize,
     },
+    /// The hook goes by the tokens, and the pass began behind them.
+    #[error("the hook at {point} looks for a token: the pass has to begin with the embedding")]
+    NoTokens {
+        /// The point asked for.
+        point: HookPoint,
+    },
     /// The hook was told how to treat each prompt, and met one that it was told nothing of.
     #[error("the hook at {point} was told of {expected} prompts, and met prompt {actual}")]
     Prompts {
@@ -104,6 +114,11 @@ impl<A: Hook, B: Hook> Hook for (A, B) {
         self.0.wants(point) || self.1.wants(point)
     }
 
+    fn tokens(&mut self, ids: &[u32], positions: &Positions) {
+        self.0.tokens(ids, positions);
+        self.1.tokens(ids, positions);
+    }
+
     fn at<const D: usize>(
         &mut self,
         point: HookPoint,
@@ -125,6 +140,10 @@ impl<H: Hook> Hook for &mut H {
         (**self).wants(point)
     }
 
+    fn tokens(&mut self, ids: &[u32], positions: &Positions) {
+        (**self).tokens(ids, positions);
+    }
+
     fn at<const D: usize>(
         &mut self,
         point: HookPoint,
@@ -142,6 +161,12 @@ impl<H: Hook> Hook for &mut H {
 impl<H: Hook> Hook for Option<H> {
     fn wants(&self, point: HookPoint) -> bool {
         self.as_ref().is_some_and(|hook| hook.wants(point))
+    }
+
+    fn tokens(&mut self, ids: &[u32], positions: &Positions) {
+        if let Some(hook) = self {
+            hook.tokens(ids, positions);
+        }
     }
 
     fn at<const D: usize>(

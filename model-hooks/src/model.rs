@@ -321,6 +321,7 @@ impl LanguageModel {
         positions: &Positions,
         hook: &mut H,
     ) -> Tensor<3> {
+        hook.tokens(tokens.host_ids(), positions);
         let embedding = &self.trunk.embedding;
         let embedded = fire(hook, HookPoint::Embed, embedding.tokens(tokens.ids()), positions);
         match &embedding.positions {

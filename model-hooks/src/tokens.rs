@@ -9,6 +9,8 @@ use crate::positions::Positions;
 #[derive(Debug, Clone)]
 pub struct TokenBatch {
     ids: Tensor<2, Int>,
+    /// The same ids, for hooks.
+    host_ids: Vec<u32>,
     /// Columns at which the conversations of each row begin.
     starts: Vec<Vec<usize>>,
 }
@@ -103,15 +105,17 @@ impl TokenBatch {
             // Padding takes id 0: any embedding does, since nothing attends to it.
             let mut end = n - length(row);
             ids.extend(std::iter::repeat_n(0, end));
-            ids.extend(row.iter().copied().flatten().map(|&id| i64::from(id)));
+            ids.extend(row.iter().copied().flatten());
             starts.push(Vec::with_capacity(row.len()));
             for text in row {
                 starts.last_mut().expect("just pushed").push(end);
                 end += text.len();
             }
         }
+        let host_ids = ids;
+        let ids = host_ids.iter().map(|&id| i64::from(id)).collect();
         let ids = Tensor::from_data(TensorData::new(ids, [rows.len(), n]), device);
-        Ok(Self { ids, starts })
+        Ok(Self { ids, host_ids, starts })
     }
 
     /// Rows and columns.
@@ -126,6 +130,11 @@ impl TokenBatch {
 
     pub(crate) fn starts(&self) -> &[Vec<usize>] {
         &self.starts
+    }
+
+    /// The ids, row by row; those of padding mean nothing.
+    pub(crate) fn host_ids(&self) -> &[u32] {
+        &self.host_ids
     }
 
     pub(crate) fn ids(&self) -> Tensor<2, Int> {

@@ -8,7 +8,7 @@ use model_hooks::{Hook, HookError, HookPoint, Positions, RowEdit, Site};
 use crate::condition::{Condition, Decider, begins, mask};
 use crate::error::SteeringError;
 use crate::intervention::{Change, Intervention};
-use crate::region::{Prompts, Region};
+use crate::region::{Markers, Prompts, Region};
 
 /// An intervention at one or more hook points, on some tokens of every conversation, and, with a
 /// condition, only where that holds.
@@ -21,6 +21,7 @@ pub struct Steering<'a> {
     points: Vec<(HookPoint, RowEdit)>,
     region: Region,
     prompts: Prompts,
+    markers: Option<Markers>,
     /// Tokens that the prompts share: what is decided by prompt leaves them alone, in whichever pass.
     n_shared: usize,
     condition: Option<(HookPoint, RowEdit, Decider<'a>)>,
@@ -49,8 +50,8 @@ impl<'a> Steering<'a> {
     /// Steers at these points, the tokens of a region.
     ///
     /// # Errors
-    /// If there is no point, a latent is out of range or given twice, a value is not finite, or a
-    /// direction is zero.
+    /// If there is no point, the region has no position, a latent is out of range or given twice, a
+    /// value is not finite, or a direction is zero.
     pub fn new(
         points: impl IntoIterator<Item = HookPoint>,
         intervention: Intervention<'a>,
@@ -62,9 +63,13 @@ impl<'a> Steering<'a> {
         if points.is_empty() {
             return Err(SteeringError::Nothing { name: "the list of points".into() });
         }
+        if region.to_position.is_some_and(|to_position| to_position <= region.from_position) {
+            return Err(SteeringError::Nothing { name: "the region".into() });
+        }
         let prompts = Prompts::default();
+        let markers = region.marker.map(Markers::new);
         let (condition, n_shared) = (None, 0);
-        Ok(Self { change, points, region, prompts, n_shared, condition, told: Ok(()) })
+        Ok(Self { change, points, region, prompts, markers, n_shared, condition, told: Ok(()) })
     }
 
     /// Steers only where a condition holds.
@@ -88,14 +93,6 @@ impl<'a> Steering<'a> {
     /// them is an error at its end.
     pub fn set_starts(&mut self, starts: Vec<Option<usize>>) {
         self.prompts.starts = Some(starts);
-    }
-
-    /// Looks for the region's marker in the prompts of the passes that follow; without one, nothing
-    /// is to be done.
-    pub fn set_prompts(&mut self, prompts: &[impl AsRef<[u32]>], n_prefix: usize) {
-        let Some(marker) = self.region.marker else { return };
-        let start = |ids: &[u32]| ids.iter().position(|&id| id == marker).map(|at| n_prefix + at);
-        self.set_starts(prompts.iter().map(|ids| start(ids.as_ref())).collect());
     }
 
     /// How many tokens of each conversation are its prompt, the prefix counted, where one pass holds
@@ -131,7 +128,11 @@ impl<'a> Steering<'a> {
             cells.extend((0..n).map(|column| {
                 let Some(position) = positions.get(row, column) else { return true };
                 let is_generated = self.prompts.is_generated(positions, row, column);
-                start.is_some_and(|start| position >= start)
+                let is_marked = self.markers.as_ref().is_none_or(|markers| {
+                    markers.position(positions, row, column).is_some_and(|at| position >= at)
+                });
+                is_marked
+                    && start.is_some_and(|start| position >= start)
                     && self.region.contains(position, is_generated)
                     && decider.is_none_or(|decider| decider.holds(positions, row, column))
             }));
@@ -146,16 +147,24 @@ impl Hook for Steering<'_> {
             || self.condition.as_ref().is_some_and(|&(other, _, _)| other == point)
     }
 
+    fn tokens(&mut self, ids: &[u32], positions: &Positions) {
+        if let Some(markers) = &mut self.markers {
+            markers.look(ids, positions);
+        }
+    }
+
     fn at<const D: usize>(
         &mut self,
         point: HookPoint,
         mut x: Tensor<D>,
         positions: &Positions,
     ) -> Tensor<D> {
-        if let Some((expected, actual)) =
-            self.prompts.unknown(positions, self.region.marker.is_some())
-        {
+        if let Some((expected, actual)) = self.prompts.unknown(positions) {
             self.told = Err(HookError::Prompts { point, expected, actual });
+            return x;
+        }
+        if self.markers.as_ref().is_some_and(|markers| !markers.knows(positions)) {
+            self.told = Err(HookError::NoTokens { point });
             return x;
         }
         if begins(positions) {
@@ -194,6 +203,9 @@ impl Hook for Steering<'_> {
     fn finish(&mut self) -> Result<(), HookError> {
         let mut outcome = std::mem::replace(&mut self.told, Ok(()));
         // The next pass counts anew, whatever came of this one.
+        if let Some(markers) = &mut self.markers {
+            markers.forget_pass();
+        }
         if let Some((_, seen, _)) = &mut self.condition {
             outcome = outcome.and(seen.finish());
         }
@@ -205,11 +217,6 @@ impl Hook for Steering<'_> {
 }
 
 impl Steerings<'_> {
-    /// [`Steering::set_prompts`] of every step.
-    pub fn set_prompts(&mut self, prompts: &[impl AsRef<[u32]>], n_prefix: usize) {
-        self.steps.iter_mut().for_each(|step| step.set_prompts(prompts, n_prefix));
-    }
-
     /// [`Steering::set_prompt_lengths`] of every step.
     pub fn set_prompt_lengths(&mut self, lengths: &[usize]) {
         self.steps.iter_mut().for_each(|step| step.set_prompt_lengths(lengths.to_vec()));
@@ -219,6 +226,10 @@ impl Steerings<'_> {
 impl Hook for Steerings<'_> {
     fn wants(&self, point: HookPoint) -> bool {
         self.steps.iter().any(|step| step.wants(point))
+    }
+
+    fn tokens(&mut self, ids: &[u32], positions: &Positions) {
+        self.steps.iter_mut().for_each(|step| step.tokens(ids, positions));
     }
 
     fn at<const D: usize>(

@@ -7,8 +7,9 @@ use anyhow::{Context, Result, anyhow, bail};
 pub enum Command {
     /// Something to answer.
     Say(String),
-    /// `/steer`: the plan, or the clamps, come back on.
-    Steer,
+    /// `/steer`: the plan, or the clamps, come back on; `/steer PATH`: this plan, in place of what
+    /// was before.
+    Steer(Option<String>),
     /// `/off`: they stay away.
     Off,
     /// `/clamp 1234=8,99=-2`: these latents are set to these values, in place of what was before.
@@ -27,10 +28,11 @@ pub enum Command {
 
 /// What `/help` says.
 pub const HELP: &str = "\
-/steer              steer by the plan, or by the clamps
+/steer PATH         steer by a plan; /steer alone goes on by the last plan or clamps
 /off                do not steer
 /clamp 1234=8,9=0   clamp latents to values, in place of the plan
-/watch 1234         show a latent at every token; /watch alone shows none
+/watch 1234         show a latent at every token, as the model makes it before it is steered;
+                    /watch alone shows none
 /save PATH          write what steers as a plan
 /new                begin a new conversation
 /quit               end";
@@ -55,7 +57,7 @@ impl Command {
             _ => Err(anyhow!("/{name} takes nothing, and got {rest:?}")),
         };
         Ok(Some(match name {
-            "steer" => alone(Self::Steer)?,
+            "steer" => Self::Steer((!rest.is_empty()).then(|| rest.to_owned())),
             "off" => alone(Self::Off)?,
             "new" => alone(Self::New)?,
             "help" => alone(Self::Help)?,
@@ -63,7 +65,7 @@ impl Command {
             "clamp" => Self::Clamp(clamps(rest)?),
             "watch" if rest.is_empty() => Self::Watch(None),
             "watch" => Self::Watch(Some(latent(rest)?)),
-            "save" if rest.is_empty() => bail!("/save takes a path"),
+            "save" if rest.is_empty() => bail!("/save takes a path, such as /save plan.json"),
             "save" => Self::Save(rest.to_owned()),
             _ => bail!("there is no command /{name}; /help lists those there are"),
         }))
@@ -72,10 +74,12 @@ impl Command {
 
 fn clamps(text: &str) -> Result<Vec<(usize, f32)>> {
     let clamp = |part: &str| {
-        let (left, right) = part
-            .split_once('=')
-            .ok_or_else(|| anyhow!("/clamp takes LATENT=VALUE, and got {part:?}"))?;
-        let value: f32 = right.trim().parse().with_context(|| format!("a value of {right:?}"))?;
+        let (left, right) = part.split_once('=').ok_or_else(|| {
+            anyhow!("/clamp takes LATENT=VALUE, such as 1234=8, and got {part:?}")
+        })?;
+        let value: f32 = right.trim().parse().with_context(|| {
+            format!("/clamp takes LATENT=VALUE, such as 1234=8, and got the value {right:?}")
+        })?;
         Ok((latent(left)?, value))
     };
     text.split(',').map(clamp).collect()
@@ -96,7 +100,8 @@ mod tests {
         for (line, expected) in [
             (" Hello there. ", Some(Say("Hello there.".into()))),
             ("  ", None),
-            ("/steer", Some(Steer)),
+            ("/steer", Some(Steer(None))),
+            ("/steer  a plan.json ", Some(Steer(Some("a plan.json".into())))),
             ("/off ", Some(Off)),
             ("/clamp 1234=8", Some(Clamp(vec![(1234, 8.0)]))),
             ("/clamp 1 = -2.5 , 7=1e1", Some(Clamp(vec![(1, -2.5), (7, 10.0)]))),

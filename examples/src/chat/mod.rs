@@ -22,6 +22,9 @@ pub use command::{Command, HELP};
 use crate::assets::LoadedModel;
 use crate::storage::write_whole;
 
+const NOTHING_STEERS: &str =
+    "nothing steers yet: /steer PATH reads a plan, /clamp LATENT=VALUE makes one";
+
 /// Chats with a model in the terminal, steered by a plan, and shows a latent at every token.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "chat", version)]
@@ -103,10 +106,7 @@ impl<'a> Session<'a> {
             watched: None,
         };
         if let Some(path) = &options.plan {
-            let json = std::fs::read_to_string(path);
-            let json = json.with_context(|| format!("cannot read {}", path.display()))?;
-            let plan = Plan::from_json(&json);
-            session.steer_by(plan.with_context(|| format!("{}", path.display()))?)?;
+            session.read_plan(path)?;
         }
         session.watch(options.watch)?;
         Ok(session)
@@ -149,8 +149,12 @@ impl<'a> Session<'a> {
 
     fn obey(&mut self, command: Command) -> Result<String> {
         match command {
-            Command::Steer => {
-                ensure!(self.plan.is_some(), "nothing steers yet: give a plan, or /clamp");
+            Command::Steer(Some(path)) => {
+                self.read_plan(Path::new(&path))?;
+                Ok(format!("Steering by {path}."))
+            }
+            Command::Steer(None) => {
+                ensure!(self.plan.is_some(), NOTHING_STEERS);
                 self.is_on = true;
                 Ok("Steering.".into())
             }
@@ -160,14 +164,15 @@ impl<'a> Session<'a> {
             }
             Command::Clamp(values) => {
                 self.steer_by(self.clamping(&values)?)?;
-                Ok(format!("Clamping {} latents.", values.len()))
+                let clamped = values.iter().map(|(latent, value)| format!("{latent} to {value}"));
+                Ok(format!("Clamping {}.", clamped.collect::<Vec<_>>().join(", ")))
             }
             Command::Watch(latent) => {
                 self.watch(latent)?;
                 Ok(latent.map_or("Watching nothing.".into(), |i| format!("Watching latent {i}.")))
             }
             Command::Save(path) => {
-                let plan = self.plan.as_ref().ok_or_else(|| anyhow!("there is nothing to save"))?;
+                let plan = self.plan.as_ref().ok_or_else(|| anyhow!(NOTHING_STEERS))?;
                 write_whole(&std::path::absolute(&path)?, plan.to_json()?.as_bytes())?;
                 Ok(format!("Saved {path}."))
             }
@@ -180,7 +185,22 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Steers by a plan of a file, if it fits; else by what was before.
+    fn read_plan(&mut self, path: &Path) -> Result<()> {
+        let place = || format!("the plan {}", path.display());
+        let json = std::fs::read_to_string(path).with_context(place)?;
+        let plan = Plan::from_json(&json).with_context(place)?;
+        self.steer_by(plan).with_context(place)
+    }
+
     fn steer_by(&mut self, plan: Plan) -> Result<()> {
+        for sae in &plan.saes {
+            let name = &sae.name;
+            ensure!(
+                self.saes.contains_key(name),
+                "it steers by an autoencoder {name:?} that is not loaded: start with --sae {name}=PATH"
+            );
+        }
         let saes = self.saes.iter().map(|(name, sae)| (name.clone(), sae)).collect();
         self.steerings = plan.bind(&self.loaded.model, Some(&self.loaded.hash), &saes)?;
         (self.plan, self.is_on) = (Some(plan), true);
@@ -190,15 +210,26 @@ impl<'a> Session<'a> {
     /// The autoencoder that commands are about, and where it is read.
     fn sae(&self) -> Result<(&'a String, &'a Sae, HookPoint)> {
         let mut saes = self.saes.iter();
-        let (name, sae) =
-            saes.next().ok_or_else(|| anyhow!("no autoencoder: give one by --sae"))?;
-        ensure!(saes.next().is_none(), "there are several autoencoders: use a plan");
+        let (name, sae) = saes
+            .next()
+            .ok_or_else(|| anyhow!("no autoencoder is loaded: start with --sae NAME=PATH"))?;
+        ensure!(
+            saes.next().is_none(),
+            "several autoencoders are loaded: start with one --sae, or /steer by a plan that names them"
+        );
         let trained_at = sae.config().metadata.hook_name.as_ref();
         let point = match (self.point, trained_at) {
             (Some(point), _) => point,
-            (None, Some(name)) => name.parse()?,
+            (None, Some(name)) => name.parse().with_context(|| {
+                format!(
+                    "the autoencoder says that it belongs at {name:?}: start with --point POINT"
+                )
+            })?,
             (None, None) => {
-                return Err(anyhow!("the autoencoder does not say where it belongs: give --point"));
+                return Err(anyhow!(
+                    "the autoencoder does not say where it belongs: start with --point POINT, such \
+                     as blocks.12.hook_resid_post"
+                ));
             }
         };
         Ok((name, sae, point))
@@ -250,8 +281,8 @@ impl<'a> Session<'a> {
         let mut watch = self.watched.clone().map(|(reader, point)| {
             LatentWatch::new(reader, point, |values| *last.borrow_mut() = values.last().copied())
         });
-        self.steerings.set_prompts(std::slice::from_ref(&ids), 0);
         let mut steerings = self.is_on.then_some(&mut self.steerings);
+        let (mut n_active, mut largest) = (0, 0f32);
         let mut shown = 0;
         let mut said = String::new();
         let mut written = Ok(());
@@ -261,6 +292,7 @@ impl<'a> Session<'a> {
                 && let Some(value) = *last.borrow()
                 && value != 0.0
             {
+                (n_active, largest) = (n_active + 1, largest.max(value));
                 written = write!(out, "⟨{value:.1}⟩");
             }
             // Of a token that ends within a character, nothing is shown yet.
@@ -279,9 +311,19 @@ impl<'a> Session<'a> {
             }
         };
         let none = SharedPrefix::default();
-        model.generate(&[ids], &none, &self.config, &mut (&mut watch, &mut steerings), observe)?;
+        let hook = &mut (&mut watch, &mut steerings);
+        let answers = model.generate(&[ids], &none, &self.config, hook, observe)?;
         written?;
         writeln!(out)?;
+        if let Some((reader, _)) = &self.watched {
+            // The last token is chosen, and not run.
+            let n = answers[0].len() - 1;
+            let latent = reader.latents()[0];
+            writeln!(
+                out,
+                "⟨latent {latent}: active on {n_active} of {n} tokens, {largest:.1} at most⟩"
+            )?;
+        }
         self.messages.push(Message::new(Role::Assistant, said.trim()));
         Ok(())
     }

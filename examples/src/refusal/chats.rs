@@ -1,15 +1,17 @@
 //! Conversations as token ids.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use model_hooks::text::{ChatTemplate, Message, Role, Tokenizer};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use steering::TokenQuestion;
 
 use super::During;
 use super::options::Scale;
 use crate::assets::{Dialogue, LoadedModel};
 use crate::corpus::{Training, Turn};
+use crate::sets::questions::Question;
 
 /// Longer dialogues are cut here: long ones would crowd out the variety of short ones.
 const MAX_DIALOGUE_TOKENS: usize = 192;
@@ -36,6 +38,15 @@ pub(super) struct Answered {
 pub(super) struct Corpus {
     pub(super) training: Vec<Vec<u32>>,
     pub(super) held_out: Vec<Vec<u32>>,
+    /// How many tokens of each held-out text stand before the first answer.
+    pub(super) held_out_prompts: Vec<usize>,
+}
+
+/// A dialogue in tokens.
+struct Dialogued {
+    ids: Vec<u32>,
+    /// How many of them stand before the first answer.
+    n_prompt: usize,
 }
 
 impl Corpus {
@@ -56,12 +67,32 @@ impl<'a> Chats<'a> {
         self.tokenizer.encode(&text).during("turning a conversation into tokens")
     }
 
+    /// A conversation that ends with a request, up to where the answer begins.
+    pub(super) fn conversation(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.encode(messages, true)
+    }
+
     /// A request after some answered ones, up to where the answer begins.
     pub(super) fn prompt(&self, shots: &[Turn], prompt: &str) -> Result<Vec<u32>> {
         ensure!(!prompt.trim().is_empty(), "a prompt is empty: at least one word is needed");
-        let mut messages = messages(shots);
-        messages.push(Message::new(Role::User, prompt));
-        self.encode(&messages, true)
+        self.conversation(&asked(shots, prompt))
+    }
+
+    /// A request, and each of some answers to it by itself.
+    pub(super) fn question(&self, question: &Question) -> Result<TokenQuestion> {
+        let prompt = self.prompt(&[], &question.question)?;
+        let text = self.template.render(&asked(&[], &question.question), true);
+        let text = text.during("laying out a question")?;
+        let choice = |choice: &String| {
+            let ids = self.tokenizer.encode(&format!("{text}{}", choice.trim()));
+            let ids = ids.during("turning an answer into tokens")?;
+            let answer = ids.strip_prefix(prompt.as_slice()).filter(|answer| !answer.is_empty());
+            answer.map(<[u32]>::to_vec).with_context(|| {
+                format!("the tokens of the answer {choice:?} run into those of its question")
+            })
+        };
+        let choices = question.choices.iter().map(choice).collect::<Result<_>>()?;
+        Ok(TokenQuestion { prompt, choices })
     }
 
     /// A request with its answer.
@@ -86,14 +117,17 @@ impl<'a> Chats<'a> {
         self.tokenizer.token(id).unwrap_or_default()
     }
 
-    fn dialogue(&self, dialogue: &Dialogue) -> Result<Vec<u32>> {
+    /// A dialogue, and how many of its tokens stand before the first answer.
+    fn dialogue(&self, dialogue: &Dialogue) -> Result<Dialogued> {
         let roles = [Role::User, Role::Assistant].into_iter().cycle();
         let said = dialogue.turns.iter().zip(roles).filter(|(turn, _)| !turn.is_empty());
         let messages: Vec<Message> =
             said.map(|(turn, role)| Message::new(role, turn.clone())).collect();
         let mut ids = self.encode(&messages, false)?;
         ids.truncate(MAX_DIALOGUE_TOKENS);
-        Ok(ids)
+        let prompt = self.conversation(&messages[..messages.len().min(1)])?;
+        let n_prompt = prompt.iter().zip(&ids).take_while(|(a, b)| a == b).count().max(1);
+        Ok(Dialogued { ids, n_prompt })
     }
 
     /// Dialogues, and the authors' refusals and compliances, as many as the scale asks for.
@@ -109,15 +143,17 @@ impl<'a> Chats<'a> {
         let mut order: Vec<usize> = (0..dialogues.len()).collect();
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         let mut rest = order.into_iter();
-        let mut held_out = Vec::new();
+        let (mut held_out, mut held_out_prompts) = (Vec::new(), Vec::new());
         for index in rest.by_ref().take(N_HELD_OUT.min(dialogues.len().div_ceil(10))) {
-            held_out.push(self.dialogue(&dialogues[index])?);
+            let Dialogued { ids, n_prompt } = self.dialogue(&dialogues[index])?;
+            held_out.push(ids);
+            held_out_prompts.push(n_prompt);
         }
         for index in rest {
             if n_tokens >= scale.training.n_tokens {
                 break;
             }
-            let ids = self.dialogue(&dialogues[index])?;
+            let Dialogued { ids, .. } = self.dialogue(&dialogues[index])?;
             n_tokens += ids.len();
             texts.push(ids);
         }
@@ -125,7 +161,7 @@ impl<'a> Chats<'a> {
             !held_out.is_empty() && !texts.is_empty(),
             "too little text to train on and to hold some out: pass more with --text"
         );
-        Ok(Corpus { training: texts, held_out })
+        Ok(Corpus { training: texts, held_out, held_out_prompts })
     }
 
     /// Refused and answered requests, at most a third of the tokens. Each unsafe request comes with
@@ -153,6 +189,13 @@ impl<'a> Chats<'a> {
         }
         Ok(texts)
     }
+}
+
+/// The messages of a request after some answered ones.
+pub(super) fn asked(shots: &[Turn], prompt: &str) -> Vec<Message> {
+    let mut messages = messages(shots);
+    messages.push(Message::new(Role::User, prompt));
+    messages
 }
 
 fn messages(turns: &[Turn]) -> Vec<Message> {

@@ -1,104 +1,50 @@
 //! Answers of the steered model, judged and counted.
 
-use anyhow::Result;
-use burn::tensor::Tensor;
-use model_hooks::{GenerateConfig, Hook, HookPoint, SharedPrefix, unobserved};
-use steering::{
-    Intervention, Judge, Outcome, PhraseJudge, Rate, Region, Steering, random_direction,
+use std::collections::HashMap;
+
+use anyhow::{Context, Result};
+use steering::{Judge, McNemar, Outcome, PhraseJudge, Rate};
+
+use super::asked::Asked;
+use super::chats::asked;
+use super::gate::Gate;
+use super::generator::{Generator, Steered};
+use super::ladder::{self, Conversation, Ladder};
+use super::measure::{Abilities, Costs, Fires, Measures};
+use super::options::Scale;
+use super::plans::Treatments;
+use crate::corpus::Turn;
+use crate::progress::bar;
+use crate::results::{
+    Arm, Condition, Example, Generation, Method, MultiTurn, PromptKind, Row, SetKind, SetRate,
+    Treatment,
 };
 
-use super::chats::{Chats, common_prefix};
-use super::find::Found;
-use super::options::Scale;
-use super::sae::TrainedSae;
-use super::{During, FIRST_POSITION};
-use crate::assets::LoadedModel;
-use crate::corpus::{Appearance, Prompt, Test, Turn};
-use crate::progress::bar;
-use crate::results::{Arm, Example, Generation, Method, PromptKind, Row, Treatment};
-
-/// Conversations generated together.
-const BATCH_ROWS: usize = 80;
-/// Tokens of a pass over prompts, padding included, so that a long one does not pad many.
-const PREFILL_TOKENS: usize = 8192;
-/// Tokens of a pass that measures perplexity.
-const BATCH_TOKENS: usize = 512;
 /// Answers shown before and after.
 const N_EXAMPLES: usize = 5;
-
-/// Generates answers behind some answered requests, which are run once per hook.
-pub(super) struct Generator<'a> {
-    loaded: &'a LoadedModel,
-    chats: &'a Chats<'a>,
-    shots: &'a [Turn],
-    config: GenerateConfig,
-}
-
-impl<'a> Generator<'a> {
-    pub(super) fn new(
-        loaded: &'a LoadedModel,
-        chats: &'a Chats<'a>,
-        shots: &'a [Turn],
-        max_new_tokens: usize,
-    ) -> Self {
-        let config = GenerateConfig::greedy(max_new_tokens, chats.stop_ids.clone());
-        Self { loaded, chats, shots, config }
-    }
-
-    /// The answers under a hook, in order; `progress` is told how many are done after each
-    /// batch.
-    pub(super) fn answers<H: Hook>(
-        &self,
-        prompts: &[&Prompt],
-        hook: &mut H,
-        mut progress: impl FnMut(u64),
-    ) -> Result<Vec<String>> {
-        let rows = prompts
-            .iter()
-            .map(|prompt| self.chats.prompt(self.shots, &prompt.prompt))
-            .collect::<Result<Vec<_>>>()?;
-        let n_shared = common_prefix(&rows);
-        let prefix = match n_shared {
-            0 => SharedPrefix::default(),
-            n => self.loaded.model.prefix(&rows[0][..n], hook).during("running the prefix")?,
-        };
-        // Prompts of like length share a batch, so that little of it is padding.
-        let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|&row| rows[row].len());
-        let mut answers = vec![String::new(); rows.len()];
-        let mut rest = order.as_slice();
-        while !rest.is_empty() {
-            let fits = |&n: &usize| n * (rows[rest[n - 1]].len() - n_shared) <= PREFILL_TOKENS;
-            let n = (1..=rest.len().min(BATCH_ROWS)).take_while(fits).last().unwrap_or(1);
-            let (batch, after) = rest.split_at(n);
-            rest = after;
-            let own: Vec<&[u32]> = batch.iter().map(|&row| &rows[row][n_shared..]).collect();
-            let generated = self
-                .loaded
-                .model
-                .generate(&own, &prefix, &self.config, hook, unobserved)
-                .during("generating answers")?;
-            for (&row, ids) in batch.iter().zip(&generated) {
-                answers[row] = self.chats.text(ids)?;
-            }
-            progress(n as u64);
-        }
-        Ok(answers)
-    }
-}
+/// The same under the condition.
+const N_CONDITIONAL_EXAMPLES: usize = 4;
+/// Ways in which a request of a ladder is put, at most.
+const MAX_TRIES: usize = 2;
 
 /// What the evaluation works on.
 pub(super) struct Setup<'a> {
-    pub(super) loaded: &'a LoadedModel,
-    pub(super) chats: &'a Chats<'a>,
-    pub(super) trained: &'a TrainedSae,
-    pub(super) found: &'a Found,
+    pub(super) generator: &'a Generator<'a>,
+    pub(super) treatments: &'a Treatments<'a>,
+    pub(super) measures: &'a Measures<'a>,
+    pub(super) led: &'a Led,
+    pub(super) gate: &'a Gate,
     pub(super) six_shot: &'a [Turn],
-    pub(super) test: &'a Test,
-    pub(super) held_out: &'a [Vec<u32>],
-    pub(super) point: HookPoint,
+    pub(super) asked: &'a Asked,
+    /// Whether the condition holds for each prompt asked.
+    pub(super) fires: &'a [bool],
     pub(super) scale: &'a Scale,
-    pub(super) seed: u64,
+}
+
+/// Conversations of several turns.
+pub(super) struct Led {
+    pub(super) ladders: Vec<Ladder>,
+    pub(super) dialogues: Vec<Conversation>,
 }
 
 /// What came of it.
@@ -109,187 +55,288 @@ pub(super) struct Evaluation {
     pub(super) n_perplexity_tokens: usize,
 }
 
-/// Answers every test prompt under every treatment.
+/// Answers every test prompt under every treatment, and measures what that costs.
 pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
-    let texts = setup.perplexity_texts();
-    let n_perplexity_tokens = texts.iter().map(|text| text.len() - 1).sum();
-    let doses = setup.doses();
-    let prompts: Vec<&Prompt> =
-        setup.test.unsafe_prompts.iter().chain(&setup.test.safe_prompts).collect();
+    let all = setup.treatments.all(setup.scale);
+    let fires = setup.measures.fires(setup.gate)?;
+    let costs = setup.costs(&all, &fires)?;
+    let answers = setup.answers(&all)?;
+    let abilities = setup.abilities(&fires)?;
+    let led = setup.led()?;
 
-    let n_answers = doses.len() * prompts.len() * Arm::ALL.len();
-    let bar = bar("answering", n_answers as u64);
-    let mut answered = Vec::new();
-    let mut perplexities = Vec::new();
-    for &(method, strength) in &doses {
-        bar.set_message(format!("{} {strength}", method.label()));
-        let mut hook = setup.hook(method, strength)?;
-        let model = &setup.loaded.model;
-        let loss = model.cross_entropy(&texts, BATCH_TOKENS, &mut hook);
-        perplexities.push(loss.during("measuring perplexity")?.perplexity());
-        for arm in Arm::ALL {
-            let shots = match arm {
-                Arm::ZeroShot => &[],
-                Arm::SixShot => setup.six_shot,
-            };
-            let generator =
-                Generator::new(setup.loaded, setup.chats, shots, setup.scale.max_new_tokens);
-            let answers = generator.answers(&prompts, &mut hook, |n| bar.inc(n))?;
-            answered.push((Treatment { arm, method, strength }, answers));
+    let base = costs(base_of(all[0]))?;
+    let mut generations = Vec::new();
+    let mut rows: Vec<Row> = Vec::new();
+    let mut refused_by_base = HashMap::new();
+    for (treatment, answers) in all.iter().zip(answers) {
+        let judged = setup.judged(*treatment, answers);
+        let costs = costs(*treatment)?;
+        let mut row = setup.count(*treatment, &judged);
+        row.perplexity_ratio = costs.perplexity() / base.perplexity();
+        if treatment.arm == Arm::ZeroShot {
+            row.refusal_log_odds = Some(costs.log_odds());
+            row.mean_kl = Some(costs.mean_kl());
+            row.capability = abilities
+                .iter()
+                .find(|(other, _)| other == treatment)
+                .map(|(_, abilities)| setup.measures.capability(&costs, abilities));
+            row.multi_turn = led
+                .iter()
+                .find(|(other, _)| other == treatment)
+                .map(|(_, multi_turn)| multi_turn.clone());
         }
+        let refused = setup.refused_unsafe(&judged);
+        match treatment.method {
+            Method::Base => drop(refused_by_base.insert(treatment.arm, refused)),
+            _ => {
+                let base = refused_by_base.get(&treatment.arm).context("the base comes first")?;
+                let pairs = base.iter().copied().zip(refused);
+                row.unsafe_against_base = Some(McNemar::of(pairs));
+            }
+        }
+        rows.push(row);
+        generations.extend(judged);
     }
-    bar.finish();
-
-    let ratio = |treatment: &Treatment| {
-        let dose = (treatment.method, treatment.strength);
-        let index = doses.iter().position(|&other| other == dose).expect("one of the doses");
-        perplexities[index] / perplexities[0]
-    };
-    let generations: Vec<Generation> = answered
-        .iter()
-        .flat_map(|(treatment, answers)| judged(setup, treatment, answers))
-        .collect();
-    let mut rows: Vec<Row> = answered
-        .iter()
-        .map(|(treatment, _)| count(*treatment, &generations, ratio(treatment)))
-        .collect();
     rows.sort_by_key(|row| row.treatment.arm != Arm::ZeroShot);
-    let examples = examples(&generations, setup.found.headline);
+    let headline = setup.treatments.found.headline;
+    let conditional = Treatment { condition: Condition::Probe, ..headline };
+    let examples = [(headline, N_EXAMPLES), (conditional, N_CONDITIONAL_EXAMPLES)];
+    let examples = examples.iter().flat_map(|&(shown, n)| examples_of(&generations, shown, n));
+    let examples = examples.collect();
+    let n_perplexity_tokens = base.n_tokens();
     Ok(Evaluation { rows, examples, generations, n_perplexity_tokens })
 }
 
+fn base_of(treatment: Treatment) -> Treatment {
+    Treatment { method: Method::Base, strength: 0.0, condition: Condition::Always, ..treatment }
+}
+
+fn always(treatment: Treatment) -> Treatment {
+    Treatment { condition: Condition::Always, ..treatment }
+}
+
 impl Setup<'_> {
-    /// Every method with its strengths; the unsteered model first.
-    fn doses(&self) -> Vec<(Method, f64)> {
-        let scale = self.scale;
-        let doses = |method: Method, strengths: &[f64]| -> Vec<(Method, f64)> {
-            strengths.iter().map(|&strength| (method, strength)).collect()
-        };
-        // Controls where steering did best on the selection split.
-        let best = [self.found.headline.strength];
-        [
-            doses(Method::Base, &[0.0]),
-            doses(Method::Latent, &scale.strengths),
-            doses(Method::Bundle, &scale.bundle_strengths),
-            doses(Method::MeanDifference, &scale.mean_difference_strengths),
-            doses(Method::UnrelatedLatent, &best),
-            doses(Method::RandomLatent, &best),
-            doses(Method::RandomDirection, &best),
-        ]
-        .concat()
+    fn steered(&self, treatment: Treatment) -> Result<Steered<'_>> {
+        self.generator.steered(self.treatments.plan(treatment)?)
     }
 
-    fn hook(&self, method: Method, strength: f64) -> Result<Option<Steering<'_>>> {
-        let Found { latent, bundle, unrelated, random, mean_difference, .. } = self.found;
-        let clamp = |latents: &[usize]| self.trained.clamp(self.point, latents, strength);
-        Ok(Some(match method {
-            Method::Base => return Ok(None),
-            Method::Latent => clamp(&[*latent])?,
-            Method::Bundle => clamp(bundle)?,
-            Method::UnrelatedLatent => self.matched(*unrelated, strength)?,
-            Method::RandomLatent => self.matched(*random, strength)?,
-            Method::RandomDirection => {
-                let length = strength * self.unit_length();
-                let device = self.loaded.model.device();
-                let d_model = self.loaded.model.config().d_model;
-                self.add(random_direction(d_model, length, self.seed ^ 0xD1CE, device))?
+    /// The answers of each treatment to all prompts, in order.
+    fn answers(&self, all: &[Treatment]) -> Result<Vec<Vec<String>>> {
+        let prompts: Vec<&str> = self.asked.prompts().map(|(_, prompt)| prompt).collect();
+        let n_made = all.iter().filter(|t| t.condition == Condition::Always).count();
+        let bar = bar("answering", (n_made * prompts.len()) as u64);
+        let mut answered: Vec<(Treatment, Vec<String>)> = Vec::new();
+        for &treatment in all {
+            bar.set_message(format!("{} {}", treatment.method.label(), treatment.strength));
+            if treatment.condition == Condition::Probe {
+                let of = |wanted: Treatment| {
+                    let found = answered.iter().find(|(other, _)| *other == wanted);
+                    found.map(|(_, answers)| answers).context("a treatment before its condition")
+                };
+                let both = of(always(treatment))?.iter().zip(of(base_of(treatment))?);
+                let answers = self.fires.iter().zip(both);
+                let answers = answers.map(|(&fires, (a, b))| if fires { a } else { b }.clone());
+                let answers = answers.collect();
+                answered.push((treatment, answers));
+                continue;
             }
-            Method::MeanDifference => self.add(mean_difference.clone() * strength)?,
-        }))
-    }
-
-    fn add(&self, direction: Tensor<1>) -> Result<Steering<'static>> {
-        let region = Region::from_position(FIRST_POSITION);
-        Ok(Steering::new([self.point], Intervention::Add { direction }, region)?)
-    }
-
-    /// How far the latents that did best on the selection split reach in the residual stream at
-    /// strength 1: controls reach as far at the same strength.
-    fn unit_length(&self) -> f64 {
-        let latents = match self.found.headline.method {
-            Method::Bundle => self.found.bundle.as_slice(),
-            _ => std::slice::from_ref(&self.found.latent),
-        };
-        self.trained.reach(latents)
-    }
-
-    /// A control latent, clamped so that it reaches as far as the headline's latents do.
-    fn matched(&self, latent: usize, strength: f64) -> Result<Steering<'_>> {
-        let value = strength * self.unit_length() / self.trained.direction_norm(latent);
-        let intervention = Intervention::clamp(&self.trained.sae, [(latent, value)]);
-        Ok(Steering::new([self.point], intervention, Region::from_position(FIRST_POSITION))?)
-    }
-
-    fn perplexity_texts(&self) -> Vec<&[u32]> {
-        let mut left = self.scale.n_perplexity_tokens;
-        let mut texts = Vec::new();
-        for text in self.held_out.iter().filter(|text| text.len() > 1) {
-            if left == 0 {
-                break;
-            }
-            let n = text.len().min(left.max(1) + 1);
-            texts.push(&text[..n]);
-            left -= left.min(n - 1);
+            let shots = match treatment.arm {
+                Arm::ZeroShot => &[],
+                Arm::SixShot => self.six_shot,
+            };
+            let conversations: Vec<_> = prompts.iter().map(|prompt| asked(shots, prompt)).collect();
+            let steered = self.steered(treatment)?;
+            let max_new_tokens = self.scale.max_new_tokens;
+            let answers =
+                self.generator.answers(&conversations, &steered, max_new_tokens, |n| bar.inc(n))?;
+            answered.push((treatment, answers));
         }
-        texts
+        bar.finish();
+        Ok(answered.into_iter().map(|(_, answers)| answers).collect())
     }
-}
 
-/// Every answer of a treatment with what the judge makes of it.
-fn judged(setup: &Setup<'_>, treatment: &Treatment, answers: &[String]) -> Vec<Generation> {
-    let judge = PhraseJudge::default();
-    let n_unsafe = setup.test.unsafe_prompts.len();
-    let prompts = setup.test.unsafe_prompts.iter().chain(&setup.test.safe_prompts);
-    prompts
-        .zip(answers)
-        .enumerate()
-        .map(|(i, (prompt, answer))| Generation {
-            treatment: *treatment,
-            prompt: prompt.prompt.clone(),
-            kind: match i < n_unsafe {
-                true => PromptKind::Unsafe,
-                false => PromptKind::Safe,
-            },
-            look_alike: prompt.appearance == Appearance::LookAlike,
-            answer: answer.clone(),
-            outcome: judge.judge(&prompt.prompt, answer),
+    /// What each treatment costs; the arms share it.
+    fn costs(
+        &self,
+        all: &[Treatment],
+        fires: &Fires,
+    ) -> Result<impl Fn(Treatment) -> Result<Costs>> {
+        let zero_shot = |treatment: Treatment| Treatment { arm: Arm::ZeroShot, ..treatment };
+        let mut measured: Vec<(Treatment, Costs)> = Vec::new();
+        let bar = bar("measuring", all.len() as u64);
+        for &treatment in all {
+            let treatment = zero_shot(treatment);
+            let of = |wanted: Treatment| {
+                measured.iter().find(|(other, _)| *other == wanted).map(|(_, costs)| costs)
+            };
+            bar.inc(1);
+            if of(treatment).is_some() {
+                continue;
+            }
+            let costs = match treatment.condition {
+                Condition::Always => self.measures.costs(&self.steered(treatment)?)?,
+                Condition::Probe => {
+                    let both = of(always(treatment)).zip(of(base_of(treatment)));
+                    let (steered, plain) = both.context("a treatment before its condition")?;
+                    steered.where_it_fires(plain, fires)
+                }
+            };
+            measured.push((treatment, costs));
+        }
+        bar.finish();
+        Ok(move |treatment| {
+            let found = measured.iter().find(|(other, _)| *other == zero_shot(treatment));
+            found.map(|(_, costs)| costs.clone()).context("one of the treatments")
         })
-        .collect()
-}
+    }
 
-fn count(treatment: Treatment, generations: &[Generation], perplexity_ratio: f64) -> Row {
-    let of_treatment = || generations.iter().filter(|generation| generation.treatment == treatment);
-    let rate = |wanted: Outcome, among: &dyn Fn(&Generation) -> bool| {
-        let among: Vec<&Generation> = of_treatment().filter(|g| among(g)).collect();
-        Rate::wilson(among.iter().filter(|g| g.outcome == wanted).count(), among.len())
-    };
-    let look_alike_rate = rate(Outcome::Refused, &|g| g.look_alike);
-    Row {
-        treatment,
-        unsafe_rate: rate(Outcome::Refused, &|g| g.kind == PromptKind::Unsafe),
-        safe_rate: rate(Outcome::Refused, &|g| g.kind == PromptKind::Safe),
-        look_alike_rate: (look_alike_rate.n > 0).then_some(look_alike_rate),
-        degenerate_rate: rate(Outcome::Degenerate, &|_| true),
-        perplexity_ratio,
+    /// What the model can still do under the chosen treatments.
+    fn abilities(&self, fires: &Fires) -> Result<Vec<(Treatment, Abilities)>> {
+        let chosen = self.treatments.chosen();
+        let bar = bar("testing abilities", chosen.len() as u64);
+        let mut tested: Vec<(Treatment, Abilities)> = Vec::new();
+        for treatment in chosen {
+            let of = |wanted: Treatment| {
+                tested.iter().find(|(other, _)| *other == wanted).map(|(_, abilities)| abilities)
+            };
+            let abilities = match treatment.condition {
+                Condition::Always => self.measures.abilities(&self.steered(treatment)?, |_| ())?,
+                Condition::Probe => {
+                    let both = of(always(treatment)).zip(of(base_of(treatment)));
+                    let (steered, plain) = both.context("a treatment before its condition")?;
+                    steered.where_it_fires(plain, fires)
+                }
+            };
+            tested.push((treatment, abilities));
+            bar.inc(1);
+        }
+        bar.finish();
+        Ok(tested)
+    }
+
+    /// Where conversations lead under the chosen treatments.
+    fn led(&self) -> Result<Vec<(Treatment, MultiTurn)>> {
+        let chosen = self.treatments.chosen();
+        let bar = bar("leading on", chosen.len() as u64);
+        let mut led = Vec::new();
+        for treatment in chosen {
+            let judge = PhraseJudge::calibrated();
+            let steered = self.steered(treatment)?;
+            let plain = self.steered(base_of(treatment))?;
+            let answers = |conversations: &[Conversation]| {
+                self.turns(conversations, &steered, &plain, treatment.condition)
+            };
+            let climbs = ladder::run(&self.led.ladders, &judge, MAX_TRIES, answers)?;
+            let outcomes = match self.led.dialogues.is_empty() {
+                true => Vec::new(),
+                false => ladder::outcomes(&self.led.dialogues, &judge, answers)?,
+            };
+            led.push((treatment, ladder::summary(&climbs, &outcomes)));
+            bar.inc(1);
+        }
+        bar.finish();
+        Ok(led)
+    }
+
+    /// Answers to the last requests of conversations: under a condition, it is decided anew for each.
+    fn turns(
+        &self,
+        conversations: &[Conversation],
+        steered: &Steered<'_>,
+        plain: &Steered<'_>,
+        condition: Condition,
+    ) -> Result<Vec<String>> {
+        let messages: Vec<_> = conversations.iter().map(|c| asked(&c.turns, &c.prompt)).collect();
+        let fires = match condition {
+            Condition::Always => vec![true; messages.len()],
+            Condition::Probe => {
+                let chats = self.generator.chats;
+                let ids = messages.iter().map(|messages| chats.conversation(messages));
+                self.gate.fires(self.generator.loaded, &ids.collect::<Result<Vec<_>>>()?)?
+            }
+        };
+        let mut answers = vec![String::new(); messages.len()];
+        for (wanted, steered) in [(true, steered), (false, plain)] {
+            let own: Vec<usize> = (0..messages.len()).filter(|&i| fires[i] == wanted).collect();
+            let of: Vec<_> = own.iter().map(|&index| messages[index].clone()).collect();
+            let max_new_tokens = self.scale.max_new_tokens;
+            let said = self.generator.answers(&of, steered, max_new_tokens, |_| ())?;
+            own.into_iter().zip(said).for_each(|(index, said)| answers[index] = said);
+        }
+        Ok(answers)
+    }
+
+    /// Every answer of a treatment with what the judge makes of it.
+    fn judged(&self, treatment: Treatment, answers: Vec<String>) -> Vec<Generation> {
+        let judge = PhraseJudge::calibrated();
+        let generation =
+            |((set, prompt), answer): ((&super::asked::Set, &str), String)| Generation {
+                treatment,
+                prompt: prompt.to_owned(),
+                kind: set.kind.prompt_kind(),
+                look_alike: set.kind == SetKind::LookAlike,
+                set: set.name.clone(),
+                outcome: judge.judge(prompt, &answer),
+                answer,
+            };
+        self.asked.prompts().zip(answers).map(generation).collect()
+    }
+
+    /// The rates of a treatment; what is measured otherwise is left out.
+    fn count(&self, treatment: Treatment, generations: &[Generation]) -> Row {
+        let rate = |wanted: Outcome, among: &dyn Fn(&Generation) -> bool| {
+            let among: Vec<&Generation> = generations.iter().filter(|g| among(g)).collect();
+            Rate::wilson(among.iter().filter(|g| g.outcome == wanted).count(), among.len())
+        };
+        let asked = |rate: Rate| (rate.n > 0).then_some(rate);
+        let main = &self.asked.sets[0].name;
+        let is_safe = |g: &Generation| g.kind == PromptKind::Safe;
+        let sets = self.asked.sets.iter().map(|set| SetRate {
+            set: set.name.clone(),
+            kind: set.kind,
+            rate: rate(Outcome::Refused, &|g| g.set == set.name),
+        });
+        Row {
+            treatment,
+            unsafe_rate: rate(Outcome::Refused, &|g| g.set == *main),
+            safe_rate: rate(Outcome::Refused, &is_safe),
+            look_alike_rate: asked(rate(Outcome::Refused, &|g| g.look_alike)),
+            ordinary_rate: asked(rate(Outcome::Refused, &|g| is_safe(g) && !g.look_alike)),
+            degenerate_rate: rate(Outcome::Degenerate, &|_| true),
+            moralised_rate: Some(rate(Outcome::Moralised, &|_| true)),
+            sets: sets.collect(),
+            unsafe_against_base: None,
+            refusal_log_odds: None,
+            mean_kl: None,
+            perplexity_ratio: 1.0,
+            capability: None,
+            multi_turn: None,
+        }
+    }
+
+    /// Whether each prompt of the first unsafe set was refused.
+    fn refused_unsafe(&self, generations: &[Generation]) -> Vec<bool> {
+        let main = &self.asked.sets[0].name;
+        let of_main = generations.iter().filter(|generation| generation.set == *main);
+        of_main.map(|generation| generation.outcome == Outcome::Refused).collect()
     }
 }
 
-/// Unsafe and safe prompts, answered without steering and with the headline's.
-fn examples(generations: &[Generation], headline: Treatment) -> Vec<Example> {
-    let base = Treatment { method: Method::Base, strength: 0.0, ..headline };
+/// Unsafe and safe prompts, answered without steering and with some.
+fn examples_of(generations: &[Generation], shown: Treatment, n_examples: usize) -> Vec<Example> {
+    let base = base_of(shown);
     let answer = |treatment: Treatment, prompt: &str| {
         generations.iter().find(|g| g.treatment == treatment && g.prompt == prompt)
     };
-    let of_kind =
-        |kind| generations.iter().filter(move |g| g.treatment == headline && g.kind == kind);
-    let n_safe = N_EXAMPLES / 2;
+    let of_kind = |kind| generations.iter().filter(move |g| g.treatment == shown && g.kind == kind);
+    let n_safe = n_examples / 2;
     of_kind(PromptKind::Unsafe)
-        .take(N_EXAMPLES - n_safe)
+        .take(n_examples - n_safe)
         .chain(of_kind(PromptKind::Safe).take(n_safe))
         .filter_map(|after| {
             let before = answer(base, &after.prompt)?;
             Some(Example {
-                treatment: headline,
+                treatment: shown,
                 prompt: after.prompt.clone(),
                 kind: after.kind,
                 before: before.answer.clone(),

@@ -16,18 +16,19 @@ use rand_chacha::ChaCha8Rng;
 use sae_core::Sae;
 use steering::{
     Contrast, Intervention, Judge, LatentStatistics, Outcome, PhraseJudge, Region, Steering,
-    contrast, difference_of_means, log_odds,
+    contrast, difference_of_means, greedy_bundle, latent_direction, log_odds, output_score,
 };
 
-use super::chats::Chats;
-use super::evaluate::Generator;
+use super::chats::{Chats, asked};
+use super::generator::Generator;
 use super::options::Scale;
+use super::plans::Planner;
 use super::sae::TrainedSae;
-use super::{During, FIRST_POSITION};
+use super::{During, FIRST_POSITION, targeted};
 use crate::assets::LoadedModel;
 use crate::corpus::{Prompt, Selection, Turn};
 use crate::progress::bar;
-use crate::results::{Arm, Candidate, Method, SteeringLatent, Treatment};
+use crate::results::{Arm, Candidate, Condition, Method, SteeringLatent, Treatment};
 
 /// Tokens of refusing answers on which a candidate must be active.
 const MIN_ACTIVE: usize = 2;
@@ -35,6 +36,12 @@ const MIN_ACTIVE: usize = 2;
 const MEASURED_CONTROLS: usize = 16;
 /// The fixed clamp at which candidates are compared: multiples of their largest activation.
 const TRIAL_STRENGTH: f64 = 2.0;
+/// The same for the latents of a bundle, which add up.
+const BUNDLE_TRIAL_STRENGTH: f64 = 0.5;
+/// A bundle grows by latents that add at least this much to the log-odds.
+const LEAST_GAIN: f64 = 0.25;
+/// Tokens that a latent writes towards.
+const N_WRITTEN_TOKENS: usize = 20;
 /// Tokens per forward pass.
 const BATCH_TOKENS: usize = 1024;
 
@@ -50,6 +57,14 @@ pub(super) struct Found {
     pub(super) random: usize,
     /// Mean activation on the tokens of refusing answers − on those of complying ones.
     pub(super) mean_difference: Tensor<1>,
+    /// Where and along what to push to move the chosen latent and little else, of norm 1.
+    pub(super) targeted: (HookPoint, Tensor<1>),
+    /// The strength at which the latent alone did best on the selection split.
+    pub(super) latent_strength: f64,
+    /// The same of the bundle.
+    pub(super) bundle_strength: f64,
+    /// First tokens of refusals.
+    pub(super) refusal_tokens: Vec<u32>,
     /// All candidates, by their effect on the log-odds.
     pub(super) candidates: Vec<Candidate>,
     /// What did best on the selection split.
@@ -95,15 +110,16 @@ impl Found {
 
 /// Finds the latents behind refusing on the selection split.
 pub(super) fn find(
-    loaded: &LoadedModel,
-    chats: &Chats<'_>,
+    generator: &Generator<'_>,
+    planner: &Planner<'_>,
     trained: &TrainedSae,
     selection: &Selection,
     point: HookPoint,
     scale: &Scale,
     seed: u64,
 ) -> Result<Found> {
-    let search = Search { loaded, chats, trained, point, scale };
+    let (loaded, chats) = (generator.loaded, generator.chats);
+    let search = Search { loaded, chats, generator, planner, trained, point, scale };
     let refusing = search.answers(&selection.refusals)?;
     let complying = search.answers(&selection.compliances)?;
     let contrasts = contrast(&refusing.answers, &complying.answers, MIN_ACTIVE);
@@ -121,16 +137,35 @@ pub(super) fn find(
     let trial = Trial::new(&search, &rows, &refusal_tokens)?;
     let slopes = trial.slopes()?;
     let candidates = search.candidates(&contrasts, &trial, &slopes)?;
-    let chosen = search.choose(&candidates, unsafe_prompts)?;
+    let chosen = search.choose(&candidates, &trial, unsafe_prompts)?;
 
     let (unrelated, random) =
         search.controls(&refusing.conversations, &trial, &slopes, &chosen, seed)?;
+    let alive: Vec<usize> =
+        (0..trained.sae.config().d_sae).filter(|&latent| trained.density(latent) > 0.0).collect();
+    let targeted = targeted::direction(
+        loaded,
+        &trained.sae,
+        point,
+        &rows,
+        &targeted::Wanted {
+            latent: chosen.latent,
+            others: &alive,
+            n_vectors: scale.n_trial_vectors,
+            length: chosen.headline.strength * trained.reach(&[chosen.latent]),
+            seed,
+        },
+    )?;
     Ok(Found {
         latent: chosen.latent,
         bundle: chosen.bundle,
         unrelated,
         random,
         mean_difference: difference_of_means(refusing.activations, complying.activations),
+        targeted,
+        latent_strength: chosen.latent_strength,
+        bundle_strength: chosen.bundle_strength,
+        refusal_tokens,
         candidates,
         headline: chosen.headline,
         n_selection_prompts: unsafe_prompts.len(),
@@ -145,6 +180,8 @@ fn first(prompts: &[Prompt], n: usize) -> &[Prompt] {
 struct Search<'a> {
     loaded: &'a LoadedModel,
     chats: &'a Chats<'a>,
+    generator: &'a Generator<'a>,
+    planner: &'a Planner<'a>,
     trained: &'a TrainedSae,
     point: HookPoint,
     scale: &'a Scale,
@@ -173,6 +210,8 @@ struct Attempt {
 struct Chosen {
     latent: usize,
     bundle: Vec<usize>,
+    latent_strength: f64,
+    bundle_strength: f64,
     headline: Treatment,
     refused_share: f64,
 }
@@ -261,15 +300,21 @@ impl Search<'_> {
         }
 
         let bar = bar("clamping candidates", picked.len() as u64);
-        let base = trial.mean_log_odds(None)?;
+        let plain = trial.rows(&[])?;
+        let base = trial.mean_log_odds(&plain);
         let mut candidates = Vec::new();
         for contrast in picked {
             let value = TRIAL_STRENGTH * self.trained.max_activation(contrast.latent);
-            let shift = trial.mean_log_odds(Some((contrast.latent, value)))? - base;
+            let clamped = trial.rows(&[(contrast.latent, value)])?;
+            let written = trial.written(contrast.latent)?;
+            let scores = plain.iter().zip(&clamped);
+            let scores = scores.map(|(before, after)| output_score(before, after, &written));
             candidates.push(Candidate {
                 latent: contrast.latent,
                 contrast: contrast.difference,
-                log_odds_shift: shift,
+                log_odds_shift: trial.mean_log_odds(&clamped) - base,
+                attribution: value * f64::from(slopes[contrast.latent]),
+                output_score: scores.sum::<f64>() / plain.len() as f64,
             });
             bar.inc(1);
         }
@@ -278,8 +323,14 @@ impl Search<'_> {
         Ok(candidates)
     }
 
-    /// Tries the finalists, then a bundle of the best of them, by the answers that they make.
-    fn choose(&self, candidates: &[Candidate], prompts: &[Prompt]) -> Result<Chosen> {
+    /// Tries the finalists by the answers that they make, then a bundle that grows from them as long
+    /// as it gains in log-odds.
+    fn choose(
+        &self,
+        candidates: &[Candidate],
+        trial: &Trial<'_>,
+        prompts: &[Prompt],
+    ) -> Result<Chosen> {
         let Scale { n_finalists, strengths, bundle_strengths, .. } = self.scale;
         let finalists = &candidates[..candidates.len().min(*n_finalists)];
         let n_trials = finalists.len() * strengths.len() + bundle_strengths.len();
@@ -303,8 +354,19 @@ impl Search<'_> {
             .collect::<Result<Vec<_>>>()?;
         // Stable: of equals, the better candidate stays first.
         alone.sort_by(|a, b| b.score.total_cmp(&a.score));
-        let bundle: Vec<usize> =
-            alone.iter().take(self.scale.bundle).flat_map(|tried| tried.latents.clone()).collect();
+        let among: Vec<usize> = alone.iter().flat_map(|tried| tried.latents.clone()).collect();
+        let (mut bundle, _) =
+            greedy_bundle(&among, self.scale.bundle, LEAST_GAIN, |latents: &[usize]| {
+                let value = |&latent: &usize| {
+                    (latent, BUNDLE_TRIAL_STRENGTH * self.trained.max_activation(latent))
+                };
+                let clamps: Vec<(usize, f64)> = latents.iter().map(value).collect();
+                Ok::<f64, anyhow::Error>(trial.mean_log_odds(&trial.rows(&clamps)?))
+            })?;
+        // Where none gains, the best two are still worth a try together.
+        if bundle.is_empty() {
+            bundle = among.iter().copied().take(2).collect();
+        }
         let together = attempt(&bundle, bundle_strengths)?;
         bar.finish();
 
@@ -315,7 +377,14 @@ impl Search<'_> {
         };
         Ok(Chosen {
             latent: single.latents[0],
-            headline: Treatment { arm: Arm::ZeroShot, method, strength: best.strength },
+            latent_strength: single.strength,
+            bundle_strength: together.strength,
+            headline: Treatment {
+                arm: Arm::ZeroShot,
+                method,
+                strength: best.strength,
+                condition: Condition::Always,
+            },
             refused_share: best.refused,
             bundle,
         })
@@ -323,10 +392,12 @@ impl Search<'_> {
 
     /// Answers to the selection prompts with some latents clamped.
     fn attempt(&self, latents: &[usize], strength: f64, prompts: &[&Prompt]) -> Result<Attempt> {
-        let generator = Generator::new(self.loaded, self.chats, &[], self.scale.max_new_tokens);
-        let mut hook = self.trained.clamp(self.point, latents, strength)?;
-        let answers = generator.answers(prompts, &mut hook, |_| ())?;
-        let judge = PhraseJudge::default();
+        let steered = self.generator.steered(Some(self.planner.clamp(latents, strength)))?;
+        let conversations: Vec<_> =
+            prompts.iter().map(|prompt| asked(&[], &prompt.prompt)).collect();
+        let max_new_tokens = self.scale.max_new_tokens;
+        let answers = self.generator.answers(&conversations, &steered, max_new_tokens, |_| ())?;
+        let judge = PhraseJudge::calibrated();
         let share = |wanted: Outcome| {
             let outcomes = prompts.iter().zip(&answers);
             let outcomes = outcomes.map(|(prompt, answer)| judge.judge(&prompt.prompt, answer));
@@ -356,13 +427,15 @@ impl Search<'_> {
             .filter(|latent| !bundle.contains(latent) && density(*latent) > 0.0)
             .collect();
         let alike = |&other: &usize| (density(other) / density(latent)).ln().abs() < 2f64.ln();
+        // Of a small autoencoder, all may fire there now and then: the least then.
+        let least = alive.iter().map(|&latent| refusing.n_active(latent)).min().unwrap_or(0);
         let silent: Vec<usize> =
-            alive.iter().copied().filter(|&latent| refusing.n_active(latent) == 0).collect();
+            alive.iter().copied().filter(|&latent| refusing.n_active(latent) == least).collect();
         let among: Vec<usize> = silent.iter().copied().filter(alike).collect();
         let among = if among.is_empty() { silent } else { among };
         let mut among = among;
         among.sort_by(|&a, &b| slopes[a].abs().total_cmp(&slopes[b].abs()));
-        let before = trial.mean_log_odds(None)?;
+        let before = trial.mean_log_odds(&trial.rows(&[])?);
         let best = match chosen.headline.method {
             Method::Bundle => bundle.as_slice(),
             _ => std::slice::from_ref(&latent),
@@ -371,7 +444,8 @@ impl Search<'_> {
         let mut measured = Vec::new();
         for latent in among.into_iter().take(MEASURED_CONTROLS) {
             let value = reach / self.trained.direction_norm(latent);
-            measured.push((latent, (trial.mean_log_odds(Some((latent, value)))? - before).abs()));
+            let after = trial.mean_log_odds(&trial.rows(&[(latent, value)])?);
+            measured.push((latent, (after - before).abs()));
         }
         let unrelated = measured.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(l, _)| l);
         let random = alive.choose(&mut ChaCha8Rng::seed_from_u64(seed ^ 0x00C0_FFEE)).copied();
@@ -414,21 +488,42 @@ impl<'a> Trial<'a> {
         Ok(model.unembed_last(end, &self.positions(), &mut ()))
     }
 
-    fn mean_log_odds(&self, clamp: Option<(usize, f64)>) -> Result<f64> {
+    /// The logits where each answer begins, with some latents clamped.
+    fn rows(&self, clamps: &[(usize, f64)]) -> Result<Vec<Vec<f32>>> {
         let mut residual = self.residual.clone();
-        if let Some(clamp) = clamp {
+        if !clamps.is_empty() {
             let sae = &self.search.trained.sae;
             let region = Region::from_position(FIRST_POSITION);
-            let intervention = Intervention::clamp(sae, [clamp]);
+            let intervention = Intervention::clamp(sae, clamps.iter().copied());
             let mut steering = Steering::new([self.search.point], intervention, region)?;
             residual = steering.at(self.search.point, residual, &self.positions());
         }
         let logits = self.logits(residual)?;
-        let [n, d_vocab] = logits.dims();
+        let [_, d_vocab] = logits.dims();
         let logits = logits.into_data();
         let logits = logits.as_slice::<f32>().expect("logits are f32");
-        let odds = logits.chunks(d_vocab).map(|row| log_odds(row, self.refusal_tokens));
-        Ok(odds.sum::<f64>() / n as f64)
+        Ok(logits.chunks(d_vocab).map(<[f32]>::to_vec).collect())
+    }
+
+    fn mean_log_odds(&self, rows: &[Vec<f32>]) -> f64 {
+        let odds = rows.iter().map(|row| log_odds(row, self.refusal_tokens));
+        odds.sum::<f64>() / rows.len() as f64
+    }
+
+    /// The tokens that a latent raises most by itself.
+    fn written(&self, latent: usize) -> Result<Vec<u32>> {
+        let model = &self.search.loaded.model;
+        let (d_model, d_vocab) = (model.config().d_model, model.config().d_vocab);
+        let direction = latent_direction(self.search.sae(), latent)?.reshape([1, 1, d_model]);
+        let ids: Vec<u32> = (0..d_vocab as u32).collect();
+        // The scale of the final norm is one for all tokens, and changes no order.
+        let raised = model.direct_logits(direction.clone(), direction, &ids);
+        let raised = raised.during("reading what a latent writes")?.into_data();
+        let raised = raised.as_slice::<f32>().expect("logits are f32");
+        let mut order: Vec<u32> = ids;
+        order.sort_by(|&a, &b| raised[b as usize].total_cmp(&raised[a as usize]));
+        order.truncate(N_WRITTEN_TOKENS);
+        Ok(order)
     }
 
     /// How fast the mean log-odds rise with each latent, by one backward pass.

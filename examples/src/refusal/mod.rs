@@ -4,32 +4,52 @@
 //! Autoencoders", on a small chat model: train an SAE on its activations, find the latents behind
 //! refusing, clamp them, and report what that does, next to controls that should do nothing.
 //!
-//! bytes → tokens (`chats`) → activations → latents (`sae`) → candidates (`find`) → answers
-//! and rates (`evaluate`) → results.
+//! bytes → tokens (`chats`) → activations → latents (`sae`) → candidates (`find`) → plans (`plans`)
+//! → answers (`generator`) and what else the model does (`measure`) → rates (`evaluate`) → results.
+//! When to steer is learnt by `gate`; what was made is kept by `journal`.
 
+mod asked;
 mod chats;
 mod evaluate;
 mod find;
+mod gate;
+mod generator;
+mod journal;
+pub mod ladder;
+mod measure;
 mod options;
+mod plans;
 mod sae;
+mod targeted;
 
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use model_hooks::HookPoint;
+use serde_json::json;
 
-pub use options::{Options, Scale};
+pub use options::{Options, Preset, Scale, TrainingScale};
 
 use crate::assets::{load_model, load_texts};
-use crate::corpus::{self, Fingerprint, Prompt, Test};
+use crate::corpus;
 use crate::device::device;
 use crate::progress::{step, tell};
-use crate::prompts::{Wanted, read_prompts};
-use crate::results::{Generation, Results, Settings};
-use chats::Chats;
+use crate::results::{Condition, Generation, Results, SetKind, Settings, Treatment};
+use crate::sets::{arithmetic, dialogues, questions, sample};
+use crate::storage::write_whole;
+use asked::Asked;
+use chats::{Chats, Corpus};
+use evaluate::Led;
+use gate::Gate;
+use generator::Generator;
+use journal::Journal;
+use measure::{Measures, Questions};
+use plans::{Planner, Treatments};
 
 /// Where training and steering begin: position 0 carries an activation unlike all others.
 const FIRST_POSITION: usize = 1;
+/// Raised when what is kept in journals means something else.
+const JOURNAL_VERSION: u32 = 1;
 
 /// Runs the whole experiment and tells what it does on the way.
 ///
@@ -38,12 +58,13 @@ const FIRST_POSITION: usize = 1;
 pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     let start = Instant::now();
     let scale = options.scale()?;
+    let preset = options.preset()?;
     let device = device(&options.device)?;
 
     step("Loading the model");
-    let loaded = load_model(options.model.as_deref(), &device)?;
+    let loaded = load_model(options.model.as_deref().or(preset.model), &device)?;
     let config = loaded.model.config();
-    let point = HookPoint::resid_post(options.layer);
+    let point = HookPoint::resid_post(options.layer.unwrap_or(preset.layer));
     loaded.model.check_point(point)?;
     tell(&format!(
         "{}: {} blocks, d_model {}, vocabulary {}",
@@ -55,17 +76,19 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     let texts = load_texts(&options.text)?;
     let training = corpus::training();
     let selection = corpus::selection();
-    let test = test_prompts(options, &scale)?;
-    check_lengths(&chats, &test, &training.six_shot, config.n_ctx, scale.max_new_tokens)?;
+    let asked = asked::asked(options, &scale)?;
+    check_lengths(&chats, &asked, &training.six_shot, config.n_ctx, scale.max_new_tokens)?;
+    let lessons = asked::lessons(options, &scale, &asked)?;
     let corpus = chats.training_texts(&texts, &training, &scale, options.seed)?;
     tell(&format!(
-        "{} training texts with {} tokens, {} held-out texts; {} unsafe and {} safe test prompts",
+        "{} training texts with {} tokens, {} held-out texts",
         corpus.training.len(),
         corpus.n_training_tokens(),
         corpus.held_out.len(),
-        test.unsafe_prompts.len(),
-        test.safe_prompts.len(),
     ));
+    for set in asked.summaries() {
+        tell(&format!("{} prompts of {}", set.n, set.name));
+    }
 
     step(&format!("Sparse autoencoder at {point}"));
     let trained = sae::trained_sae(&loaded, &corpus, point, &scale, options)?;
@@ -82,83 +105,208 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
         quality.ce_recovered
     ));
 
+    let journal = open_journal(options, &loaded.hash)?;
+    step("Learning when to steer");
+    let gate = Gate::learn(&loaded, &chats, &lessons, &selection, &journal)?;
+    let prompts: Vec<Vec<u32>> =
+        asked.prompts().map(|(_, prompt)| chats.prompt(&[], prompt)).collect::<Result<_>>()?;
+    let of = json!({ "asked": 1, "gate": gate, "prompts": prompts });
+    let fires = journal.once(&journal::key(&of), || gate.fires(&loaded, &prompts))?;
+    let condition = gate.summary(&asked, &fires);
+    tell(&format!(
+        "{} harmful and {} harmless requests; area under the curve on the selection split {:.3}",
+        condition.n_harmful, condition.n_harmless, condition.selection_auc
+    ));
+    for holds in &condition.holds {
+        tell(&format!("fires on {} of {}", holds.rate, holds.set));
+    }
+
     step("Finding refusal latents");
-    let found = find::find(&loaded, &chats, &trained, &selection, point, &scale, options.seed)?;
+    let generator = Generator::new(&loaded, &chats, &trained.sae, &journal);
+    let planner = Planner::new(&loaded, &trained, point);
+    let found =
+        find::find(&generator, &planner, &trained, &selection, point, &scale, options.seed)?;
     tell(&found.summary(&trained));
 
     step("Generating answers");
+    let led = led(options, &scale)?;
+    let treatments = Treatments { planner: &planner, found: &found, seed: options.seed };
+    let measures = measures(options, &scale, &generator, &corpus, &asked, &found.refusal_tokens)?;
     let evaluation = evaluate::evaluate(&evaluate::Setup {
-        loaded: &loaded,
-        chats: &chats,
-        trained: &trained,
-        found: &found,
+        generator: &generator,
+        treatments: &treatments,
+        measures: &measures,
+        led: &led,
+        gate: &gate,
         six_shot: &training.six_shot,
-        test: &test,
-        held_out: &corpus.held_out,
-        point,
+        asked: &asked,
+        fires: &fires,
         scale: &scale,
-        seed: options.seed,
     })?;
+    if journal.n_reused() > 0 {
+        tell(&format!("{} of the steps were done before", journal.n_reused()));
+    }
+    write_plans(options, &treatments)?;
 
-    let source = |path: &Option<std::path::PathBuf>| match path {
-        Some(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-        None => "written by the project's authors".to_owned(),
-    };
-    let n_selection_prompts = found.n_selection_prompts;
     let results = Results {
         model: loaded.name.clone(),
         hook_point: point.to_string(),
         sae: trained.summary(&scale, config.d_model),
         latents: found.steering_latents(&trained, &chats),
         candidates: found.candidates.clone(),
+        condition: Some(condition),
         settings: Settings {
             seed: options.seed,
             device: options.device.clone(),
             max_new_tokens: scale.max_new_tokens,
-            n_selection_prompts,
+            n_selection_prompts: found.n_selection_prompts,
             n_perplexity_tokens: evaluation.n_perplexity_tokens,
-            unsafe_prompts: source(&options.unsafe_prompts),
-            safe_prompts: source(&options.safe_prompts),
+            unsafe_prompts: asked.names(&[SetKind::Unsafe]),
+            safe_prompts: asked.names(&[SetKind::LookAlike, SetKind::Ordinary]),
+            sets: asked.summaries(),
+            judge: options.sets.as_deref().map_or(Ok(Vec::new()), asked::judge)?,
             seconds: start.elapsed().as_secs_f64(),
         },
         headline: found.headline,
+        conditional: Some(Treatment { condition: Condition::Probe, ..found.headline }),
         rows: evaluation.rows,
         examples: evaluation.examples,
     };
     Ok((results, evaluation.generations))
 }
 
-/// The test prompts, without any that training or selection has seen.
-fn test_prompts(options: &Options, scale: &Scale) -> Result<Test> {
-    let own = corpus::test();
-    let read = |path: &Option<std::path::PathBuf>, own, wanted| match path {
-        Some(path) => fresh(read_prompts(path, wanted)?),
-        None => Ok(own),
-    };
-    let mut unsafe_prompts = read(&options.unsafe_prompts, own.unsafe_prompts, Wanted::Unsafe)?;
-    let mut safe_prompts = read(&options.safe_prompts, own.safe_prompts, Wanted::Safe)?;
-    // Evenly: safe prompts come in two halves, ordinary ones and look-alikes.
-    for prompts in [&mut unsafe_prompts, &mut safe_prompts] {
-        let n = prompts.len();
-        *prompts = spread(std::mem::take(prompts), scale.n_test_prompts);
-        if prompts.len() < n {
-            tell(&format!("using {} of {n} test prompts, evenly spread", prompts.len()));
+/// What was made before with this model, on this device; told.
+fn open_journal(options: &Options, model: &str) -> Result<Journal> {
+    let settings = json!({
+        "journal": JOURNAL_VERSION, "model": model, "device": options.device,
+    });
+    let journal = Journal::open(&options.out, &settings)?;
+    let n_others = journal::others(&options.out, journal.path())?;
+    if n_others > 0 {
+        tell(&format!("{n_others} journals of other models or devices are left alone"));
+    }
+    match journal.n_read() {
+        0 => tell(&format!("what is made is kept in {}", journal.path().display())),
+        n => tell(&format!("going on from the {n} entries of {}", journal.path().display())),
+    }
+    Ok(journal)
+}
+
+/// The steering that was chosen, for `chat` and others.
+fn write_plans(options: &Options, treatments: &Treatments<'_>) -> Result<()> {
+    let folder = options.out.join("plans");
+    for treatment in treatments.chosen() {
+        if treatment.condition == Condition::Always
+            && let Some(plan) = treatments.plan(treatment)?
+        {
+            let name = serde_json::to_value(treatment.method)?;
+            let name = name.as_str().context("a method's name")?;
+            write_whole(&folder.join(format!("{name}.json")), plan.to_json()?.as_bytes())?;
         }
     }
-    Ok(Test { unsafe_prompts, safe_prompts })
+    Ok(())
+}
+
+/// What steering is measured on beside the prompts.
+fn measures<'a>(
+    options: &Options,
+    scale: &Scale,
+    generator: &'a Generator<'a>,
+    corpus: &Corpus,
+    asked: &Asked,
+    refusal_tokens: &[u32],
+) -> Result<Measures<'a>> {
+    let tokens = |kind: SetKind| -> Result<Vec<Vec<u32>>> {
+        let prompts = asked.first(kind, scale.n_measured_prompts);
+        prompts.iter().map(|prompt| generator.chats.prompt(&[], prompt)).collect()
+    };
+    let harmless = match tokens(SetKind::Ordinary)? {
+        none if none.is_empty() => tokens(SetKind::LookAlike)?,
+        ordinary => ordinary,
+    };
+    let part = |questions: Vec<questions::Question>, n: usize| -> Vec<questions::Question> {
+        let part = sample::of_all(questions.len(), n, options.seed);
+        part.into_iter().map(|index| questions[index].clone()).collect()
+    };
+    let set = |set: &str, questions| Questions { set: set.into(), questions };
+    let (questions, problems, problem_set) = match &options.sets {
+        None => {
+            let own = part(corpus::questions(), scale.n_questions);
+            (vec![set("the authors' questions", own)], corpus::problems(), "the authors' problems")
+        }
+        Some(folder) => {
+            let mmlu = questions::mmlu(&folder.join("mmlu/test"))?;
+            let truthful = questions::truthful_qa(&folder.join("truthfulqa/TruthfulQA.csv"))?;
+            let common = folder.join("commonsenseqa/dev_rand_split.jsonl");
+            let common = questions::commonsense_qa(&common)?;
+            let n = scale.n_other_questions;
+            let sets = vec![
+                set("MMLU", part(mmlu, scale.n_questions)),
+                set("TruthfulQA (MC1)", part(truthful, n)),
+                set("CommonsenseQA", part(common, n)),
+            ];
+            (sets, arithmetic::gsm8k(&folder.join("gsm8k/test.jsonl"))?, "GSM8K")
+        }
+    };
+    let problems = sample::of_all(problems.len(), scale.n_problems, options.seed)
+        .into_iter()
+        .map(|index| problems[index].clone())
+        .collect();
+    Ok(Measures {
+        generator,
+        texts: perplexity_texts(corpus, scale.n_perplexity_tokens),
+        harmful: tokens(SetKind::Unsafe)?,
+        harmless,
+        refusal_tokens: refusal_tokens.to_vec(),
+        questions,
+        problems,
+        problem_set: problem_set.into(),
+        problem_tokens: scale.problem_tokens,
+    })
+}
+
+/// Conversations that are led: the authors' ladders, and dialogues of a preference set.
+fn led(options: &Options, scale: &Scale) -> Result<Led> {
+    let mut ladders = ladder::own();
+    ladders.truncate(scale.n_ladders);
+    let dialogues = match &options.sets {
+        None => Vec::new(),
+        Some(folder) => {
+            let all = dialogues::hh(&folder.join("hh-rlhf/harmless-base-test.jsonl.gz"), 2)?;
+            let part = sample::of_all(all.len(), scale.n_dialogues, options.seed);
+            part.into_iter().map(|index| all[index].clone()).collect()
+        }
+    };
+    Ok(Led { ladders, dialogues })
+}
+
+/// Held-out texts of so many tokens, with how many stand before the first answer of each.
+fn perplexity_texts(corpus: &Corpus, n_tokens: usize) -> Vec<(Vec<u32>, usize)> {
+    let mut left = n_tokens;
+    let mut texts = Vec::new();
+    let all = corpus.held_out.iter().zip(&corpus.held_out_prompts);
+    for (text, &n_prompt) in all.filter(|(text, _)| text.len() > 1) {
+        if left == 0 {
+            break;
+        }
+        let n = text.len().min(left.max(1) + 1);
+        texts.push((text[..n].to_vec(), n_prompt.min(n)));
+        left -= left.min(n - 1);
+    }
+    texts
 }
 
 /// A prompt that does not fit is better found before an autoencoder is trained than after.
 fn check_lengths(
     chats: &Chats<'_>,
-    test: &Test,
+    asked: &Asked,
     six_shot: &[corpus::Turn],
     n_ctx: usize,
     max_new_tokens: usize,
 ) -> Result<()> {
-    for prompt in test.unsafe_prompts.iter().chain(&test.safe_prompts) {
-        let n = chats.prompt(six_shot, &prompt.prompt)?.len() + max_new_tokens;
-        let start: String = prompt.prompt.chars().take(60).collect();
+    for (_, prompt) in asked.prompts() {
+        let n = chats.prompt(six_shot, prompt)?.len() + max_new_tokens;
+        let start: String = prompt.chars().take(60).collect();
         ensure!(
             n <= n_ctx,
             "the prompt {start:?}… needs {n} positions with six examples before it and its answer \
@@ -166,34 +314,6 @@ fn check_lengths(
         );
     }
     Ok(())
-}
-
-/// Drops prompts that are near one of the training or selection splits.
-fn fresh(prompts: Vec<Prompt>) -> Result<Vec<Prompt>> {
-    let (seen, n) = (corpus::seen_prompts(), prompts.len());
-    let is_fresh = |prompt: &Prompt| {
-        let fingerprint = Fingerprint::new(&prompt.prompt);
-        !seen.iter().any(|seen| seen.is_near(&fingerprint))
-    };
-    let kept: Vec<Prompt> = prompts.into_iter().filter(is_fresh).collect();
-    ensure!(!kept.is_empty(), "every test prompt is near one of the training or selection prompts");
-    if kept.len() < n {
-        tell(&format!(
-            "left out {} test prompts that are near a training or selection prompt",
-            n - kept.len()
-        ));
-    }
-    Ok(kept)
-}
-
-/// At most `n` items, evenly spread.
-fn spread<T>(items: Vec<T>, n: usize) -> Vec<T> {
-    let len = items.len();
-    if len <= n {
-        return items;
-    }
-    let kept = |i: usize| (i + 1) * n / len > i * n / len;
-    items.into_iter().enumerate().filter(|&(i, _)| kept(i)).map(|(_, item)| item).collect()
 }
 
 /// Errors of the libraries with what was being done.

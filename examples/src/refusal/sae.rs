@@ -15,7 +15,6 @@ use sae_core::train::{ActivationMatrix, Objective, Schedule, TrainConfig, Traine
 use sae_core::{ErrorTerm, Sae, Splice};
 use serde::{Deserialize, Serialize};
 use steering::norm;
-use steering::{Intervention, Region, Steering, SteeringError};
 
 use super::chats::{Corpus, common_prefix};
 use super::options::{Options, Scale};
@@ -111,18 +110,6 @@ impl TrainedSae {
 
     pub(super) fn top_tokens(&self, latent: usize) -> Vec<u32> {
         self.survey.top_tokens[latent].iter().map(|&(_, id)| id).collect()
-    }
-
-    /// Latents clamped to `strength` times their largest value in training.
-    pub(super) fn clamp(
-        &self,
-        point: HookPoint,
-        latents: &[usize],
-        strength: f64,
-    ) -> Result<Steering<'_>, SteeringError> {
-        let value = |&latent: &usize| (latent, strength * self.max_activation(latent));
-        let intervention = Intervention::clamp(&self.sae, latents.iter().map(value));
-        Steering::new([point], intervention, Region::from_position(FIRST_POSITION))
     }
 
     pub(super) fn summary(&self, scale: &Scale, d_in: usize) -> SaeSummary {

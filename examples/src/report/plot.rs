@@ -6,15 +6,18 @@ use anyhow::Result;
 use plotters::prelude::*;
 use steering::Rate;
 
-use crate::axis::{Axis, decade_ticks};
-use crate::results::{Method, Row};
+use super::front::front;
+use crate::axis::{Axis, decade_ticks, round_ticks};
+use crate::results::{Capability, Condition, Method, Row, Treatment};
 
 /// Pixels. Small, so that the lettering is still readable where the page is narrow.
-const SIZE: (u32, u32) = (520, 430);
+const SIZE: (u32, u32) = (460, 430);
 const INK: RGBColor = RGBColor(55, 60, 68);
 const FAINT: RGBColor = RGBColor(226, 229, 233);
+const CONTROL: RGBColor = RGBColor(150, 156, 164);
 
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Axis, Axis>>;
+type Guide = DashedLineSeries<array::IntoIter<(f64, f64), 2>, i32>;
 
 /// From 0 to 100 %, with room for a marker at either end.
 fn shares() -> Axis {
@@ -26,43 +29,121 @@ struct Mark {
     at: (f64, f64),
     x_interval: Option<(f64, f64)>,
     y_interval: (f64, f64),
-    strength: f64,
+    treatment: Treatment,
+    is_front: bool,
+}
+
+impl Mark {
+    fn new(row: &Row, x: f64, x_interval: Option<(f64, f64)>) -> Self {
+        let Row { treatment, unsafe_rate, .. } = row;
+        let at = (x, unsafe_rate.rate);
+        let y_interval = interval(*unsafe_rate);
+        Self { at, x_interval, y_interval, treatment: *treatment, is_front: false }
+    }
+
+    fn is_control(&self) -> bool {
+        self.treatment.method.is_control()
+    }
+
+    /// What is written beside it: of the controls, only the one that is talked about.
+    fn label(&self) -> Option<String> {
+        let Treatment { method, strength, .. } = self.treatment;
+        let name = match method {
+            Method::UnrelatedLatent => return Some("unrelated".into()),
+            _ if !self.is_front => return None,
+            Method::Base => return None,
+            Method::Latent => "latent",
+            Method::Bundle => "bundle",
+            Method::MeanDifference => "mean diff.",
+            Method::SaeTargeted => "targeted",
+            Method::LatentAblated => "turned down",
+            Method::DirectionAblated => "ablated",
+            Method::SpliceOnly | Method::RandomLatent | Method::RandomDirection => return None,
+        };
+        Some(format!("{name} {strength}×"))
+    }
 }
 
 /// Refusal of unsafe prompts against refusal of safe ones.
 pub(super) fn trade_off(rows: &[&Row]) -> Result<String> {
-    let mark = |row: &Row| Mark {
-        at: (row.safe_rate.rate, row.unsafe_rate.rate),
-        x_interval: Some(interval(row.safe_rate)),
-        y_interval: interval(row.unsafe_rate),
-        strength: row.treatment.strength,
-    };
+    let mark = |row: &&Row| Mark::new(row, row.safe_rate.rate, Some(interval(row.safe_rate)));
     let alike = DashedLineSeries::new([(0.0, 0.0), (1.0, 1.0)], 4, 4, INK.mix(0.4).into());
-    draw(shares(), "safe prompts refused", &|share| percent(*share), rows, mark, Some(alike))
+    let marks = rows.iter().map(mark).collect();
+    draw(shares(), "safe prompts refused", &|share| percent(*share), marks, Some(alike))
+}
+
+/// Refusal of unsafe prompts against questions no longer answered right, in points; `None` where
+/// nobody asked, or the model left alone was not asked.
+pub(super) fn capability(rows: &[&Row]) -> Result<Option<String>> {
+    let accuracy = |row: &Row| row.capability.as_ref().and_then(mean_accuracy);
+    let base = rows.iter().find(|row| row.treatment.method == Method::Base);
+    let Some(base) = base.and_then(|row| accuracy(row)) else { return Ok(None) };
+    let lost = |row: &&&Row| accuracy(row).map(|accuracy| 100.0 * (base - accuracy));
+    let marks: Vec<Mark> =
+        rows.iter().filter_map(|row| Some(Mark::new(row, lost(&row)?, None))).collect();
+    if marks.len() < 2 {
+        return Ok(None);
+    }
+    // A chart in which nothing costs anything still shows what a few points would be.
+    let (low, high) = range(&marks, (-1.0, 4.0));
+    let margin = 0.06 * (high - low);
+    let axis = Axis { range: low - margin..high + margin, ticks: round_ticks(low, high) };
+    draw(axis, "multiple choice, points lost", &|lost| points(*lost), marks, None).map(Some)
+}
+
+/// The mean over sets: a large one counts no more than a small one.
+pub(super) fn mean_accuracy(capability: &Capability) -> Option<f64> {
+    let sets = &capability.multiple_choice;
+    let sum: f64 = sets.iter().map(|set| set.accuracy.rate).sum();
+    (!sets.is_empty()).then(|| sum / sets.len() as f64)
 }
 
 /// Refusal of unsafe prompts against the perplexity ratio, on a logarithmic axis.
 pub(super) fn cost(rows: &[&Row]) -> Result<String> {
-    let mark = |row: &Row| Mark {
-        at: (row.perplexity_ratio.log10(), row.unsafe_rate.rate),
-        x_interval: None,
-        y_interval: interval(row.unsafe_rate),
-        strength: row.treatment.strength,
-    };
-    let logs = || rows.iter().map(|row| row.perplexity_ratio.log10());
+    let mark = |row: &&Row| Mark::new(row, row.perplexity_ratio.log10(), None);
+    let marks: Vec<Mark> = rows.iter().map(mark).collect();
     // A chart in which nothing costs anything still shows the way from 1 to 2.
-    let (low, high) = (logs().fold(0.0, f64::min), logs().fold(2f64.log10(), f64::max));
+    let (low, high) = range(&marks, (0.0, 2f64.log10()));
     let margin = 0.06 * (high - low);
     let axis = Axis { range: low - margin..high + margin, ticks: decade_ticks(low, high) };
-    draw(axis, "perplexity ratio", &|log| tick(10f64.powf(*log)), rows, mark, None)
+    draw(axis, "perplexity ratio", &|log| tick(10f64.powf(*log)), marks, None)
+}
+
+fn range(marks: &[Mark], (low, high): (f64, f64)) -> (f64, f64) {
+    let xs = || marks.iter().map(|mark| mark.at.0);
+    (xs().fold(low, f64::min), xs().fold(high, f64::max))
 }
 
 /// The marker that stands for a method, for a legend.
-pub(super) fn swatch(method: Method) -> Result<String> {
+pub(super) fn method_swatch(method: Method) -> Result<String> {
+    swatch(|root| {
+        root.draw(&marker(Shape::of(method, Condition::Always), colour(method), (8, 8), 6))?;
+        Ok(())
+    })
+}
+
+/// The marker that stands for a condition, and the line that joins its front.
+pub(super) fn condition_swatch(condition: Condition) -> Result<String> {
+    let dashes: &[[i32; 2]] = match condition {
+        Condition::Always => &[[0, 4], [12, 16]],
+        Condition::Probe => &[[0, 16]],
+    };
+    swatch(|root| {
+        for [from, to] in dashes {
+            root.draw(&PathElement::new([(*from, 8), (*to, 8)], INK.stroke_width(2)))?;
+        }
+        root.draw(&marker(Shape::of(Method::Latent, condition), INK, (8, 8), 4))?;
+        Ok(())
+    })
+}
+
+type Pixels<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+
+fn swatch(draw: impl FnOnce(&Pixels<'_>) -> Result<()>) -> Result<String> {
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (16, 16)).into_drawing_area();
-        root.draw(&marker(method, (8, 8)))?;
+        draw(&root)?;
         root.present()?;
     }
     Ok(svg.replacen("<svg ", "<svg aria-hidden=\"true\" ", 1))
@@ -72,18 +153,18 @@ fn draw(
     x_axis: Axis,
     x_name: &str,
     x_label: &dyn Fn(&f64) -> String,
-    rows: &[&Row],
-    mark: impl Fn(&Row) -> Mark,
-    guide: Option<DashedLineSeries<array::IntoIter<(f64, f64), 2>, i32>>,
+    mut marks: Vec<Mark>,
+    guide: Option<Guide>,
 ) -> Result<String> {
+    let fronts = Condition::ALL.map(|condition| (condition, find_front(&mut marks, condition)));
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
         let mut chart = ChartBuilder::on(&root)
             .margin(8)
-            .margin_right(16)
-            .x_label_area_size(48)
-            .y_label_area_size(64)
+            .margin_right(18)
+            .x_label_area_size(50)
+            .y_label_area_size(68)
             .build_cartesian_2d(x_axis, shares())?;
         chart
             .configure_mesh()
@@ -100,19 +181,9 @@ fn draw(
         if let Some(guide) = guide {
             chart.draw_series(guide)?;
         }
-        let series: Vec<(Method, Vec<Mark>)> = Method::ALL
-            .map(|method| {
-                let mut marks: Vec<Mark> = rows
-                    .iter()
-                    .filter(|row| row.treatment.method == method)
-                    .map(|row| mark(row))
-                    .collect();
-                marks.sort_by(|a, b| a.strength.total_cmp(&b.strength));
-                (method, marks)
-            })
-            .into();
-        draw_marks(&mut chart, &series)?;
-        draw_strengths(&mut chart, &series)?;
+        draw_fronts(&mut chart, &fronts)?;
+        draw_marks(&mut chart, &marks)?;
+        draw_labels(&mut chart, &marks, &fronts)?;
         root.present()?;
     }
     let title =
@@ -120,80 +191,118 @@ fn draw(
     Ok(svg.replacen("<svg ", &title, 1))
 }
 
-fn draw_marks(chart: &mut Chart, series: &[(Method, Vec<Mark>)]) -> Result<()> {
-    for (method, marks) in series {
-        let colour = colour(*method);
-        for Mark { at: (x, y), x_interval, y_interval, .. } in marks {
-            let across = x_interval.map(|(low, high)| vec![(low, *y), (high, *y)]);
-            let up = vec![(*x, y_interval.0), (*x, y_interval.1)];
-            chart.draw_series(
-                across.into_iter().chain([up]).map(|bar| PathElement::new(bar, colour.mix(0.4))),
-            )?;
-        }
-        chart.draw_series(LineSeries::new(
-            marks.iter().map(|mark| mark.at),
-            colour.mix(0.8).stroke_width(2),
-        ))?;
+/// Where the front of a condition runs: among what is steered under it and the model left alone.
+fn find_front(marks: &mut [Mark], condition: Condition) -> Vec<(f64, f64)> {
+    let may_be = |mark: &Mark| {
+        let Treatment { method, condition: own, .. } = mark.treatment;
+        !mark.is_control() && (own == condition || method == Method::Base)
+    };
+    let among: Vec<usize> = (0..marks.len()).filter(|&index| may_be(&marks[index])).collect();
+    let points: Vec<(f64, f64)> = among.iter().map(|&index| marks[index].at).collect();
+    let front = front(&points);
+    for &place in &front {
+        marks[among[place]].is_front = true;
     }
-    // Above every line, those that the page is about on top.
-    for (method, marks) in series.iter().rev() {
-        chart.draw_series(
-            marks.iter().map(|mark| EmptyElement::at(mark.at) + marker(*method, (0, 0))),
-        )?;
+    front.into_iter().map(|place| points[place]).collect()
+}
+
+fn draw_fronts(chart: &mut Chart, fronts: &[(Condition, Vec<(f64, f64)>)]) -> Result<()> {
+    for (condition, front) in fronts {
+        let style = INK.mix(0.55).stroke_width(2);
+        match condition {
+            Condition::Always => {
+                chart.draw_series(DashedLineSeries::new(front.iter().copied(), 6, 4, style))?;
+            }
+            Condition::Probe => {
+                chart.draw_series(LineSeries::new(front.iter().copied(), style))?;
+            }
+        }
     }
     Ok(())
 }
 
-/// Writes strengths beside their marks where there is room, rather off the lines than on one: of
-/// the controls only the strongest, as most of them share a corner. The table has them all.
-fn draw_strengths(chart: &mut Chart, series: &[(Method, Vec<Mark>)]) -> Result<()> {
-    let mut taken = Vec::new();
-    let mut lines = Vec::new();
-    for (_, marks) in series {
-        let pixels: Vec<_> = marks.iter().map(|mark| chart.backend_coord(&mark.at)).collect();
-        taken.extend(pixels.iter().map(|at| Area::around(*at, 4)));
-        lines.extend(pixels.windows(2).flat_map(|ends| along(ends[0], ends[1])));
+/// Controls below, fronts on top; intervals of the fronts alone, where they would not hide the rest.
+fn draw_marks(chart: &mut Chart, marks: &[Mark]) -> Result<()> {
+    for Mark { at: (x, y), x_interval, y_interval, treatment, .. } in
+        marks.iter().filter(|mark| mark.is_front)
+    {
+        let across = x_interval.map(|(low, high)| vec![(low, *y), (high, *y)]);
+        let up = vec![(*x, y_interval.0), (*x, y_interval.1)];
+        let bars = across.into_iter().chain([up]);
+        let colour = colour(treatment.method).mix(0.45);
+        chart.draw_series(bars.map(|bar| PathElement::new(bar, colour)))?;
     }
+    let mut order: Vec<&Mark> = marks.iter().collect();
+    let is_base = |mark: &Mark| mark.treatment.method == Method::Base;
+    order.sort_by_key(|mark| (!mark.is_control(), mark.is_front, is_base(mark)));
+    for mark in order {
+        let Treatment { method, condition, .. } = mark.treatment;
+        let (colour, reach) = match mark.is_front || mark.is_control() {
+            true => (colour(method).mix(1.0), if mark.is_control() { 4 } else { 6 }),
+            false => (colour(method).mix(0.5), 4),
+        };
+        let shape = marker(Shape::of(method, condition), colour, (0, 0), reach);
+        chart.draw_series([EmptyElement::at(mark.at) + shape])?;
+    }
+    Ok(())
+}
+
+/// Writes names and strengths beside marks where there is room, rather off the lines than on one.
+/// The table has them all.
+fn draw_labels(
+    chart: &mut Chart,
+    marks: &[Mark],
+    fronts: &[(Condition, Vec<(f64, f64)>)],
+) -> Result<()> {
+    let pixel = |at: &(f64, f64)| chart.backend_coord(at);
+    let mut taken: Vec<Area> = marks.iter().map(|mark| Area::around(pixel(&mark.at), 4)).collect();
+    let lines: Vec<Area> = fronts
+        .iter()
+        .flat_map(|(_, front)| front.windows(2))
+        .flat_map(|ends| along(pixel(&ends[0]), pixel(&ends[1])))
+        .collect();
     let plot = {
         let (x, y) = chart.plotting_area().get_pixel_range();
         Area { left: x.start, top: y.start, right: x.end, bottom: y.end }
     };
-    for (method, marks) in series {
-        let labelled = match method {
-            Method::Base => &[],
-            Method::Latent | Method::Bundle | Method::MeanDifference => &marks[..],
-            _ => &marks[marks.len().saturating_sub(1)..],
+    // Those that refuse most first: they are what the page is about.
+    let mut order: Vec<&Mark> = marks.iter().collect();
+    order.sort_by(|a, b| a.is_control().cmp(&b.is_control()).then(b.at.1.total_cmp(&a.at.1)));
+    for mark in order {
+        let Some(label) = mark.label() else { continue };
+        let (x, y) = chart.backend_coord(&mark.at);
+        let (width, height) = (8 * label.chars().count() as i32, 14);
+        let offsets = [
+            (9, -18),
+            (9, 4),
+            (-9 - width, -18),
+            (-9 - width, 4),
+            (-width / 2, -24),
+            (-width / 2, 10),
+            (11, -7),
+            (-11 - width, -7),
+        ];
+        let area = |(dx, dy)| Area {
+            left: x + dx,
+            top: y + dy,
+            right: x + dx + width,
+            bottom: y + dy + height,
         };
-        for mark in labelled {
-            let label = format!("{}×", mark.strength);
-            let (x, y) = chart.backend_coord(&mark.at);
-            let (width, height) = (8 * label.chars().count() as i32, 13);
-            let offsets = [
-                (7, -16),
-                (7, 3),
-                (-7 - width, -16),
-                (-7 - width, 3),
-                (-width / 2, -21),
-                (-width / 2, 7),
-            ];
-            let area = |(dx, dy)| Area {
-                left: x + dx,
-                top: y + dy,
-                right: x + dx + width,
-                bottom: y + dy + height,
-            };
-            let free = |offset: &(i32, i32)| {
-                plot.holds(&area(*offset)) && !taken.iter().any(|other| area(*offset).meets(other))
-            };
-            let clear = |offset: &(i32, i32)| !lines.iter().any(|other| area(*offset).meets(other));
-            let places = || offsets.into_iter().filter(free);
-            let Some(offset) = places().find(clear).or_else(|| places().next()) else {
-                continue;
-            };
-            taken.push(area(offset));
-            let style = ("sans-serif", 16).into_font().color(&colour(*method));
-            chart.draw_series([EmptyElement::at(mark.at) + Text::new(label, offset, style)])?;
-        }
+        let free = |offset: &(i32, i32)| {
+            plot.holds(&area(*offset)) && !taken.iter().any(|other| area(*offset).meets(other))
+        };
+        let clear = |offset: &(i32, i32)| !lines.iter().any(|other| area(*offset).meets(other));
+        let places = || offsets.into_iter().filter(free);
+        let Some(offset) = places().find(clear).or_else(|| places().next()) else {
+            continue;
+        };
+        taken.push(area(offset));
+        let colour = match mark.is_control() {
+            true => INK,
+            false => colour(mark.treatment.method),
+        };
+        let style = ("sans-serif", 16).into_font().color(&colour);
+        chart.draw_series([EmptyElement::at(mark.at) + Text::new(label, offset, style)])?;
     }
     Ok(())
 }
@@ -234,45 +343,57 @@ fn along((x0, y0): (i32, i32), (x1, y1): (i32, i32)) -> impl Iterator<Item = Are
     })
 }
 
-/// A filled shape around a pixel, one for each method: colour alone would leave some readers out.
-fn marker(method: Method, (x, y): (i32, i32)) -> Polygon<(i32, i32)> {
-    let shape: &[(i32, i32)] = match method {
-        Method::Base => &[
-            (-2, -6),
-            (2, -6),
-            (2, -2),
-            (6, -2),
-            (6, 2),
-            (2, 2),
-            (2, 6),
-            (-2, 6),
-            (-2, 2),
-            (-6, 2),
-            (-6, -2),
-            (-2, -2),
-        ],
-        Method::Latent => &[(-2, -5), (2, -5), (5, -2), (5, 2), (2, 5), (-2, 5), (-5, 2), (-5, -2)],
-        Method::Bundle => &[(-5, -5), (5, -5), (5, 5), (-5, 5)],
-        Method::MeanDifference => &[(0, -6), (6, 0), (0, 6), (-6, 0)],
-        Method::UnrelatedLatent => &[(0, -5), (5, 4), (-5, 4)],
-        Method::RandomLatent => &[(0, 5), (5, -4), (-5, -4)],
-        Method::RandomDirection => &[
-            (-5, -3),
-            (-3, -5),
-            (0, -2),
-            (3, -5),
-            (5, -3),
-            (2, 0),
-            (5, 3),
-            (3, 5),
-            (0, 2),
-            (-3, 5),
-            (-5, 3),
-            (-2, 0),
-        ],
+/// What a mark looks like, whatever its colour: which prompts were steered.
+#[derive(Clone, Copy)]
+enum Shape {
+    Cross,
+    Disc,
+    Diamond,
+}
+
+impl Shape {
+    fn of(method: Method, condition: Condition) -> Self {
+        match (method, condition) {
+            (Method::Base, _) => Self::Cross,
+            (_, Condition::Always) => Self::Disc,
+            (_, Condition::Probe) => Self::Diamond,
+        }
+    }
+}
+
+/// A filled shape around a pixel.
+fn marker(
+    shape: Shape,
+    colour: impl Into<ShapeStyle>,
+    (x, y): (i32, i32),
+    reach: i32,
+) -> Polygon<(i32, i32)> {
+    let r = f64::from(reach);
+    let corners: Vec<(f64, f64)> = match shape {
+        Shape::Cross => {
+            let arm = r / 3.0;
+            let quarter = [(-arm, -r), (arm, -r), (arm, -arm)];
+            let turned = |n: usize| {
+                move |(dx, dy): (f64, f64)| match n {
+                    0 => (dx, dy),
+                    1 => (-dy, dx),
+                    2 => (-dx, -dy),
+                    _ => (dy, -dx),
+                }
+            };
+            (0..4).flat_map(|n| quarter.map(turned(n))).collect()
+        }
+        Shape::Disc => {
+            let angles = (0..16).map(|n| f64::from(n) * std::f64::consts::TAU / 16.0);
+            angles.map(|angle| (r * angle.cos(), r * angle.sin())).collect()
+        }
+        Shape::Diamond => {
+            let r = 1.3 * r;
+            vec![(0.0, -r), (r, 0.0), (0.0, r), (-r, 0.0)]
+        }
     };
-    let points: Vec<_> = shape.iter().map(|(dx, dy)| (x + dx, y + dy)).collect();
-    Polygon::new(points, colour(method))
+    let pixel = |(dx, dy): (f64, f64)| (x + dx.round() as i32, y + dy.round() as i32);
+    Polygon::new(corners.into_iter().map(pixel).collect::<Vec<_>>(), colour)
 }
 
 /// Okabe and Ito's palette, which readers with any colour vision can tell apart; darkened where
@@ -283,9 +404,13 @@ const fn colour(method: Method) -> RGBColor {
         Method::Latent => RGBColor(0, 114, 178),
         Method::Bundle => RGBColor(0, 135, 100),
         Method::MeanDifference => RGBColor(213, 94, 0),
-        Method::UnrelatedLatent => RGBColor(176, 82, 138),
-        Method::RandomLatent => RGBColor(178, 120, 0),
-        Method::RandomDirection => RGBColor(120, 126, 134),
+        Method::SaeTargeted => RGBColor(176, 82, 138),
+        Method::LatentAblated => RGBColor(178, 120, 0),
+        Method::DirectionAblated => RGBColor(96, 66, 150),
+        Method::SpliceOnly
+        | Method::UnrelatedLatent
+        | Method::RandomLatent
+        | Method::RandomDirection => CONTROL,
     }
 }
 
@@ -296,6 +421,11 @@ fn tick(ratio: f64) -> String {
     } else {
         format!("{ratio:.0e}×")
     }
+}
+
+/// Points of a per cent, without a negative zero.
+fn points(points: f64) -> String {
+    format!("{}", (10.0 * points).round() / 10.0 + 0.0)
 }
 
 fn interval(rate: Rate) -> (f64, f64) {
@@ -316,6 +446,7 @@ mod tests {
             [0.5, 1.0, 1.4999999, 20.0, 1e4, 1e6].map(tick),
             ["0.5×", "1×", "1.5×", "20×", "10000×", "1e6×"]
         );
+        assert_eq!([-1.0, -0.001, 2.5].map(points), ["-1", "0", "2.5"]);
     }
 
     #[test]

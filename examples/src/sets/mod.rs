@@ -6,12 +6,16 @@
 //! | HarmBench, AdvBench and others as JSON | [`prompts::harmful`] |
 //! | pairs of requests to learn a condition from | [`prompts::condition`] |
 //! | MMLU, TruthfulQA (MC1), CommonsenseQA | [`questions`] |
-//! | GSM8K | [`arithmetic::gsm8k`] |
+//! | GSM8K, and what a model makes of it | [`arithmetic`] |
+//! | beginnings of refusing and complying answers | [`behavior::read`] |
+//! | dialogues of several turns in HH-RLHF's format | [`dialogues::hh`] |
 //!
 //! None of them is part of this repository.
 
 pub mod arithmetic;
+pub mod behavior;
 pub mod completions;
+pub mod dialogues;
 pub mod prompts;
 pub mod questions;
 pub mod sample;
@@ -21,6 +25,8 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
+
+use crate::preference::pairs::PairsError;
 
 /// The most that is read of a file: the largest of these sets take a hundredth of it.
 const MAX_BYTES: u64 = 1 << 28;
@@ -87,6 +93,9 @@ pub enum SetError {
         /// What it is.
         actual: String,
     },
+    /// Pairs of dialogues that cannot be read.
+    #[error(transparent)]
+    Pairs(#[from] PairsError),
     /// A set of nothing.
     #[error("`{}` holds nothing", path.display())]
     Empty {

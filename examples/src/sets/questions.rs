@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::{SetError, not_empty, read_csv, read_json_lines, words};
 
 /// A question with one right answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Question {
     /// What is asked.
     pub question: String,

@@ -4,6 +4,7 @@ mod capability;
 mod conditions;
 mod edits;
 mod latents;
+mod markers;
 mod plans;
 
 use burn::tensor::{Device, Tensor, TensorData};

@@ -1,0 +1,282 @@
+//! What steering does besides refusing: measured item by item, so that what a condition does can
+//! be put together from the steered items and the plain ones.
+
+use anyhow::{Context, Result};
+use model_hooks::{CrossEntropy, TokenBatch, batches_in_order};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use steering::{Rate, TokenQuestion, choice_scores, kl_divergence, log_odds};
+
+use super::During;
+use super::chats::asked;
+use super::gate::Gate;
+use super::generator::{Generator, Steered};
+use super::journal::key;
+use crate::results::{Arithmetic, Capability, MultipleChoice};
+use crate::sets::arithmetic::{Asking, Problem, solve};
+use crate::sets::questions::Question;
+
+/// Tokens of a forward pass.
+const BATCH_TOKENS: usize = 512;
+
+/// Questions of one set.
+pub(super) struct Questions {
+    pub(super) set: String,
+    pub(super) questions: Vec<Question>,
+}
+
+/// What is measured on.
+pub(super) struct Measures<'a> {
+    pub(super) generator: &'a Generator<'a>,
+    /// Texts, and how many tokens of each stand before the first answer.
+    pub(super) texts: Vec<(Vec<u32>, usize)>,
+    /// Prompts to be refused.
+    pub(super) harmful: Vec<Vec<u32>>,
+    /// Prompts to be answered.
+    pub(super) harmless: Vec<Vec<u32>>,
+    /// First tokens of refusals.
+    pub(super) refusal_tokens: Vec<u32>,
+    pub(super) questions: Vec<Questions>,
+    pub(super) problems: Vec<Problem>,
+    pub(super) problem_set: String,
+    pub(super) problem_tokens: usize,
+}
+
+/// Of one way to steer, on each item.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Costs {
+    /// The loss of each text, and its tokens.
+    losses: Vec<(f64, usize)>,
+    /// Log-odds that the answer to each harmful prompt begins like a refusal.
+    log_odds: Vec<f64>,
+    /// The divergence from the model left alone on each harmless prompt.
+    divergences: Vec<f64>,
+}
+
+/// The same of what it takes longer to find.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Abilities {
+    /// Whether each question of each set was answered right, and the right choice's probability.
+    choices: Vec<Vec<(bool, f64)>>,
+    /// Whether each problem was solved.
+    solved: Vec<bool>,
+}
+
+/// For each item, whether the condition holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Fires {
+    texts: Vec<bool>,
+    harmful: Vec<bool>,
+    harmless: Vec<bool>,
+    questions: Vec<Vec<bool>>,
+    problems: Vec<bool>,
+}
+
+impl Costs {
+    pub(super) fn perplexity(&self) -> f64 {
+        let (total, n) = self.losses.iter().fold((0.0, 0), |(t, n), loss| (t + loss.0, n + loss.1));
+        CrossEntropy { total, n_tokens: n }.perplexity()
+    }
+
+    pub(super) fn n_tokens(&self) -> usize {
+        self.losses.iter().map(|&(_, n)| n).sum()
+    }
+
+    pub(super) fn log_odds(&self) -> f64 {
+        mean(&self.log_odds)
+    }
+
+    pub(super) fn mean_kl(&self) -> f64 {
+        mean(&self.divergences)
+    }
+
+    /// These where the condition holds, and those of the plain model elsewhere.
+    pub(super) fn where_it_fires(&self, plain: &Self, fires: &Fires) -> Self {
+        Self {
+            losses: choose(&fires.texts, &self.losses, &plain.losses),
+            log_odds: choose(&fires.harmful, &self.log_odds, &plain.log_odds),
+            divergences: choose(&fires.harmless, &self.divergences, &plain.divergences),
+        }
+    }
+}
+
+impl Abilities {
+    /// These where the condition holds, and those of the plain model elsewhere.
+    pub(super) fn where_it_fires(&self, plain: &Self, fires: &Fires) -> Self {
+        let choices = fires.questions.iter().zip(self.choices.iter().zip(&plain.choices));
+        Self {
+            choices: choices.map(|(fires, (a, b))| choose(fires, a, b)).collect(),
+            solved: choose(&fires.problems, &self.solved, &plain.solved),
+        }
+    }
+}
+
+fn choose<T: Clone>(fires: &[bool], steered: &[T], plain: &[T]) -> Vec<T> {
+    let both = steered.iter().zip(plain);
+    fires.iter().zip(both).map(|(&fires, (a, b))| if fires { a } else { b }.clone()).collect()
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+impl Measures<'_> {
+    /// What a way to steer costs, and how much it leans towards refusing.
+    pub(super) fn costs(&self, steered: &Steered<'_>) -> Result<Costs> {
+        let items = json!([self.texts, self.harmful, self.harmless, self.refusal_tokens]);
+        let of = json!({ "costs": 1, "under": steered.key(), "items": key(&items) });
+        self.generator.journal.once(&key(&of), || {
+            Ok(Costs {
+                losses: self.losses(steered)?,
+                log_odds: self.log_odds(steered)?,
+                divergences: self.divergences(steered)?,
+            })
+        })
+    }
+
+    /// What the model can still do.
+    pub(super) fn abilities(
+        &self,
+        steered: &Steered<'_>,
+        progress: impl FnMut(u64),
+    ) -> Result<Abilities> {
+        let sets: Vec<Vec<TokenQuestion>> =
+            self.questions.iter().map(|set| self.tokens(set)).collect::<Result<_>>()?;
+        let model = &self.generator.loaded.model;
+        let mut choices = Vec::new();
+        for (set, questions) in self.questions.iter().zip(&sets) {
+            let ids: Vec<_> = questions.iter().map(|q| (&q.prompt, &q.choices)).collect();
+            let of = json!({ "choices": 1, "under": steered.key(), "questions": ids });
+            choices.push(self.generator.journal.once(&key(&of), || {
+                let mut hook = steered.hook();
+                let scores =
+                    choice_scores(model, questions, BATCH_TOKENS, &mut hook, |hook, lengths| {
+                        if let Some(hook) = hook {
+                            hook.set_prompt_lengths(lengths);
+                        }
+                    })
+                    .during("answering questions")?;
+                let right = scores.iter().zip(&set.questions);
+                Ok(right
+                    .map(|(scores, question)| {
+                        let answer = question.answer;
+                        (scores.best_per_token() == answer, scores.probability(answer))
+                    })
+                    .collect::<Vec<_>>())
+            })?);
+        }
+        let solutions = solve(&self.problems, Asking::default(), |prompts| {
+            let conversations: Vec<_> = prompts.iter().map(|prompt| asked(&[], prompt)).collect();
+            self.generator.answers(&conversations, steered, self.problem_tokens, progress)
+        })?;
+        let solved = solutions.iter().map(|solution| solution.is_right);
+        Ok(Abilities { choices, solved: solved.collect() })
+    }
+
+    /// Items that a condition holds for.
+    pub(super) fn fires(&self, gate: &Gate) -> Result<Fires> {
+        let texts: Vec<Vec<u32>> =
+            self.texts.iter().map(|(ids, n_prompt)| ids[..*n_prompt].to_vec()).collect();
+        let sets: Vec<Vec<Vec<u32>>> = self
+            .questions
+            .iter()
+            .map(|set| Ok(self.tokens(set)?.into_iter().map(|question| question.prompt).collect()))
+            .collect::<Result<_>>()?;
+        let chats = self.generator.chats;
+        let problems: Vec<Vec<u32>> = self
+            .problems
+            .iter()
+            .map(|problem| chats.prompt(&[], &Asking::default().prompt(&problem.question)))
+            .collect::<Result<_>>()?;
+        let items = json!([texts, self.harmful, self.harmless, sets, problems]);
+        let of = json!({ "fires": 1, "gate": gate, "items": key(&items) });
+        let loaded = self.generator.loaded;
+        self.generator.journal.once(&key(&of), || {
+            Ok(Fires {
+                texts: gate.fires(loaded, &texts)?,
+                harmful: gate.fires(loaded, &self.harmful)?,
+                harmless: gate.fires(loaded, &self.harmless)?,
+                questions: sets.iter().map(|set| gate.fires(loaded, set)).collect::<Result<_>>()?,
+                problems: gate.fires(loaded, &problems)?,
+            })
+        })
+    }
+
+    /// Costs and abilities as they are reported.
+    pub(super) fn capability(&self, costs: &Costs, abilities: &Abilities) -> Capability {
+        let sets = self.questions.iter().zip(&abilities.choices);
+        let multiple_choice = sets.map(|(set, choices)| MultipleChoice {
+            set: set.set.clone(),
+            accuracy: Rate::wilson(choices.iter().filter(|c| c.0).count(), choices.len()),
+            probability: mean(&choices.iter().map(|c| c.1).collect::<Vec<_>>()),
+        });
+        let solved = &abilities.solved;
+        let arithmetic = (!solved.is_empty()).then(|| Arithmetic {
+            set: self.problem_set.clone(),
+            correct: Rate::wilson(solved.iter().filter(|&&solved| solved).count(), solved.len()),
+        });
+        let perplexity = costs.perplexity();
+        Capability { multiple_choice: multiple_choice.collect(), arithmetic, perplexity }
+    }
+
+    fn tokens(&self, set: &Questions) -> Result<Vec<TokenQuestion>> {
+        let chats = self.generator.chats;
+        let tokens = set.questions.iter().map(|question| chats.question(question));
+        tokens.collect::<Result<_>>().with_context(|| format!("the questions of {}", set.set))
+    }
+
+    fn losses(&self, steered: &Steered<'_>) -> Result<Vec<(f64, usize)>> {
+        let model = &self.generator.loaded.model;
+        let texts = self.texts.iter().map(|(ids, n_prompt)| {
+            let mut hook = steered.hook();
+            if let Some(hook) = &mut hook {
+                hook.set_prompt_lengths(&[*n_prompt]);
+            }
+            let loss = model.cross_entropy(&[ids], BATCH_TOKENS, &mut hook);
+            let CrossEntropy { total, n_tokens } = loss.during("measuring perplexity")?;
+            Ok((total, n_tokens))
+        });
+        texts.collect()
+    }
+
+    fn log_odds(&self, steered: &Steered<'_>) -> Result<Vec<f64>> {
+        self.over_logits(&self.harmful, steered, |_, row| log_odds(row, &self.refusal_tokens))
+    }
+
+    fn divergences(&self, steered: &Steered<'_>) -> Result<Vec<f64>> {
+        let model = &self.generator.loaded.model;
+        if steered.plan().is_none() {
+            return Ok(vec![0.0; self.harmless.len()]);
+        }
+        let mut plain = Vec::new();
+        for batch in batches_in_order(&self.harmless, BATCH_TOKENS) {
+            let tokens = TokenBatch::new(&self.harmless[batch], model.config(), model.device());
+            let logits = model.last_logits(&tokens.during("reading prompts")?, &mut ());
+            let logits = logits.during("reading prompts")?.into_data();
+            let logits = logits.as_slice::<f32>().expect("logits are f32");
+            plain.extend(logits.chunks_exact(model.config().d_vocab).map(<[f32]>::to_vec));
+        }
+        self.over_logits(&self.harmless, steered, |row, logits| kl_divergence(&plain[row], logits))
+    }
+
+    /// A number for each prompt, from the logits where its answer begins.
+    fn over_logits(
+        &self,
+        prompts: &[Vec<u32>],
+        steered: &Steered<'_>,
+        of: impl Fn(usize, &[f32]) -> f64,
+    ) -> Result<Vec<f64>> {
+        let model = &self.generator.loaded.model;
+        let mut numbers = Vec::with_capacity(prompts.len());
+        for batch in batches_in_order(prompts, BATCH_TOKENS) {
+            let tokens = TokenBatch::new(&prompts[batch], model.config(), model.device());
+            let logits = model.last_logits(&tokens.during("reading prompts")?, &mut steered.hook());
+            let logits = logits.during("reading prompts")?.into_data();
+            let logits = logits.as_slice::<f32>().expect("logits are f32");
+            for row in logits.chunks_exact(model.config().d_vocab) {
+                numbers.push(of(numbers.len(), row));
+            }
+        }
+        Ok(numbers)
+    }
+}
