@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use burn::tensor::{Device, Tensor};
 use examples::assets::locate_model;
 use model_hooks::{
@@ -43,6 +43,9 @@ pub(crate) struct Options {
     /// Tokens of each treatment; of batches, runs of either kind.
     #[arg(long)]
     n_rounds: Option<usize>,
+    /// Only these treatments, beside the model left alone.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    only: Vec<String>,
     /// Measures batches against one prompt at a time in place of the treatments.
     #[arg(long)]
     batches: bool,
@@ -52,8 +55,10 @@ pub(crate) struct Options {
 struct Line<'a> {
     name: &'a str,
     tokens_per_s: f64,
-    /// Of the tokens per second of the model left alone.
+    /// Of the tokens per second of the model left alone, by the medians.
     share_of_plain: f64,
+    /// The same by the fastest tenth, which the rest of the machine disturbs least.
+    share_of_plain_at_best: f64,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -115,13 +120,28 @@ fn treatments(model: &LanguageModel, options: &Options) -> Result<()> {
         ("clamp_topk_threshold", at_point(latent(&top_k, Reading::Threshold(1.0)))?),
         ("clamp_topk_exact", at_point(latent(&top_k, Reading::Exact))?),
     ];
-    let names = hooks.each_ref().map(|(name, _)| *name);
-    let mut hooks = hooks.map(|(_, hook)| hook);
+    let known = hooks.each_ref().map(|(name, _)| *name);
+    if let Some(name) = options.only.iter().find(|name| !known.contains(&name.as_str())) {
+        bail!("no treatment {name:?}: expected some of {}", known.join(", "));
+    }
+    let is_wanted = |name: &str| {
+        let only = &options.only;
+        only.is_empty() || name == known[0] || only.iter().any(|wanted| wanted == name)
+    };
+    let (names, mut hooks): (Vec<_>, Vec<_>) =
+        hooks.into_iter().filter(|(name, _)| is_wanted(name)).unzip();
     let times = take_turns(model, &mut hooks, options.n_rounds.unwrap_or(40))?;
-    let medians: Vec<f64> = times.into_iter().map(median).collect();
-    for (name, seconds) in names.into_iter().zip(&medians) {
-        let (tokens_per_s, share_of_plain) = (1.0 / seconds, medians[0] / seconds);
-        let line = Line { name, tokens_per_s, share_of_plain };
+    let at = |share: f64| -> Vec<f64> {
+        times.iter().map(|times| quantile(times.clone(), share)).collect()
+    };
+    let (medians, fast) = (at(0.5), at(0.1));
+    for (index, name) in names.into_iter().enumerate() {
+        let line = Line {
+            name,
+            tokens_per_s: 1.0 / medians[index],
+            share_of_plain: medians[0] / medians[index],
+            share_of_plain_at_best: fast[0] / fast[index],
+        };
         println!("{}", serde_json::to_string(&line)?);
     }
     Ok(())
@@ -191,9 +211,9 @@ fn take_turns<H: Hook>(
     Ok(times)
 }
 
-fn median(mut seconds: Vec<f64>) -> f64 {
+fn quantile(mut seconds: Vec<f64>, share: f64) -> f64 {
     seconds.sort_unstable_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
+    seconds[(seconds.len() as f64 * share) as usize]
 }
 
 /// Any ids do; of 16 to 31 tokens.
@@ -221,7 +241,7 @@ fn batches(model: &LanguageModel, options: &Options) -> Result<()> {
             alone.push(start.elapsed().as_secs_f64());
         }
     }
-    let (together, each) = (median(together), median(alone));
+    let (together, each) = (quantile(together, 0.5), quantile(alone, 0.5));
     let line = serde_json::json!({
         "name": "batch_of_100",
         "tokens_per_s": (N_PROMPTS * N_NEW) as f64 / together,

@@ -515,14 +515,14 @@ mod tests {
         for shown in [
             "In the paper's layout",
             "chosen latents cost 6.0 points, the unrelated one 5.0",
-            "<strong>8\u{a0}% of those that only look unsafe",
+            "<strong>8 % of those that only look unsafe",
             "where the probe says that the request is unsafe",
             "<th>MMLU",
             "<th>fraud</th>",
             "&lt; 0.001",
-            "24\u{a0}% <small>-6.0</small>",
+            "24 % <small>-6.0</small>",
         ] {
-            assert!(words.contains(shown), "{shown} is not in {words}");
+            assert!(words.contains(shown), "{shown} is not on the page");
         }
         // Three plots where capabilities were measured, and one group of answers to the prompt.
         assert_eq!(page.matches("role=\"img\"").count(), 5);

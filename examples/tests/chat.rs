@@ -84,7 +84,8 @@ fn a_scripted_conversation() {
         .split('⟨')
         .map(|part| part.split_once('⟩').map_or(part, |(_, rest)| rest))
         .collect();
-    assert_eq!(without, plain);
+    assert_eq!(without.trim_end(), plain);
+    assert!(watched.contains("\n⟨latent 7: active on "), "{watched}");
     // Nothing behind /quit.
     assert_eq!(lines.len(), 15, "{lines:?}");
 

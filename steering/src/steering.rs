@@ -50,8 +50,8 @@ impl<'a> Steering<'a> {
     /// Steers at these points, the tokens of a region.
     ///
     /// # Errors
-    /// If there is no point, a latent is out of range or given twice, a value is not finite, or a
-    /// direction is zero.
+    /// If there is no point, the region has no position, a latent is out of range or given twice, a
+    /// value is not finite, or a direction is zero.
     pub fn new(
         points: impl IntoIterator<Item = HookPoint>,
         intervention: Intervention<'a>,
@@ -62,6 +62,9 @@ impl<'a> Steering<'a> {
         let points: Vec<_> = points.into_iter().map(edit).collect();
         if points.is_empty() {
             return Err(SteeringError::Nothing { name: "the list of points".into() });
+        }
+        if region.to_position.is_some_and(|to_position| to_position <= region.from_position) {
+            return Err(SteeringError::Nothing { name: "the region".into() });
         }
         let prompts = Prompts::default();
         let markers = region.marker.map(Markers::new);

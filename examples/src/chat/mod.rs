@@ -282,6 +282,7 @@ impl<'a> Session<'a> {
             LatentWatch::new(reader, point, |values| *last.borrow_mut() = values.last().copied())
         });
         let mut steerings = self.is_on.then_some(&mut self.steerings);
+        let (mut n_active, mut largest) = (0, 0f32);
         let mut shown = 0;
         let mut said = String::new();
         let mut written = Ok(());
@@ -291,6 +292,7 @@ impl<'a> Session<'a> {
                 && let Some(value) = *last.borrow()
                 && value != 0.0
             {
+                (n_active, largest) = (n_active + 1, largest.max(value));
                 written = write!(out, "⟨{value:.1}⟩");
             }
             // Of a token that ends within a character, nothing is shown yet.
@@ -309,9 +311,19 @@ impl<'a> Session<'a> {
             }
         };
         let none = SharedPrefix::default();
-        model.generate(&[ids], &none, &self.config, &mut (&mut watch, &mut steerings), observe)?;
+        let hook = &mut (&mut watch, &mut steerings);
+        let answers = model.generate(&[ids], &none, &self.config, hook, observe)?;
         written?;
         writeln!(out)?;
+        if let Some((reader, _)) = &self.watched {
+            // The last token is chosen, and not run.
+            let n = answers[0].len() - 1;
+            let latent = reader.latents()[0];
+            writeln!(
+                out,
+                "⟨latent {latent}: active on {n_active} of {n} tokens, {largest:.1} at most⟩"
+            )?;
+        }
         self.messages.push(Message::new(Role::Assistant, said.trim()));
         Ok(())
     }

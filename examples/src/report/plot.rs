@@ -132,7 +132,7 @@ pub(super) fn condition_swatch(condition: Condition) -> Result<String> {
         for [from, to] in dashes {
             root.draw(&PathElement::new([(*from, 8), (*to, 8)], INK.stroke_width(2)))?;
         }
-        root.draw(&marker(Shape::of(Method::Latent, condition), INK, (8, 8), 5))?;
+        root.draw(&marker(Shape::of(Method::Latent, condition), INK, (8, 8), 4))?;
         Ok(())
     })
 }
@@ -233,7 +233,8 @@ fn draw_marks(chart: &mut Chart, marks: &[Mark]) -> Result<()> {
         chart.draw_series(bars.map(|bar| PathElement::new(bar, colour)))?;
     }
     let mut order: Vec<&Mark> = marks.iter().collect();
-    order.sort_by_key(|mark| (!mark.is_control(), mark.is_front));
+    let is_base = |mark: &Mark| mark.treatment.method == Method::Base;
+    order.sort_by_key(|mark| (!mark.is_control(), mark.is_front, is_base(mark)));
     for mark in order {
         let Treatment { method, condition, .. } = mark.treatment;
         let (colour, reach) = match mark.is_front || mark.is_control() {

@@ -43,7 +43,7 @@ impl Plan {
         Ok(())
     }
 
-    /// That the model has the step's points, of the widths that it needs.
+    /// That the model has the step's points, of the widths that it needs, and its marker.
     pub(super) fn check_step(
         &self,
         index: usize,
@@ -54,6 +54,12 @@ impl Plan {
         let condition = step.condition.as_ref();
         for &point in step.points.iter().chain(condition.map(|condition| &condition.point)) {
             model.check_point(point).map_err(|source| PlanError::Point { step: index, source })?;
+        }
+        if let Some(marker) = step.region.marker
+            && marker as usize >= self.model.d_vocab
+        {
+            let d_vocab = self.model.d_vocab;
+            return Err(PlanError::NoSuchToken { step: index, marker, d_vocab });
         }
         let check_width = |point: HookPoint, place: &str, actual: usize| {
             let is_residual = point.axes().last() == Some(&Axis::DModel);

@@ -84,6 +84,16 @@ pub enum PlanError {
         /// Where the plan uses it.
         actual: HookPoint,
     },
+    /// A marker that no conversation has.
+    #[error("the marker of step {step} is token {marker}, the model has {d_vocab}")]
+    NoSuchToken {
+        /// Which step, from 0.
+        step: usize,
+        /// The token's id.
+        marker: u32,
+        /// Tokens of the model.
+        d_vocab: usize,
+    },
     /// A hook point that the model does not have.
     #[error("step {step} of the plan")]
     Point {

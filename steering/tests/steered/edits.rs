@@ -247,6 +247,9 @@ fn what_cannot_steer_is_a_typed_error() {
     let nowhere =
         Steering::new([], Intervention::Add { direction: direction(5) }, Region::default()).err();
     assert!(matches!(nowhere, Some(SteeringError::Nothing { .. })));
+    let never = Region { to_position: Some(3), ..Region::from_position(3) };
+    let never = Steering::new([POINT], Intervention::Add { direction: direction(5) }, never).err();
+    assert!(matches!(never, Some(SteeringError::Nothing { .. })));
     let relu = sae_of(Activation::Relu, Normalization::None);
     let edits = vec![LatentEdit::ablate(3)];
     let (remainder, reading) = (Remainder::Keep, Reading::Threshold(1.0));

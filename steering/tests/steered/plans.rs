@@ -295,6 +295,12 @@ fn a_plan_fits_its_own_model_and_autoencoder_alone() {
     let mut narrow = plan.clone();
     narrow.steps[1].intervention = PlanIntervention::Add { direction: vec![1.0; 7] };
     assert!(matches!(error(&narrow), PlanError::Width { expected: D_MODEL, actual: 7, .. }));
+    let mut unheard = plan.clone();
+    let d_vocab = model.config().d_vocab;
+    unheard.steps[1].region.marker = Some(d_vocab as u32);
+    assert!(matches!(error(&unheard), PlanError::NoSuchToken { step: 1, .. }));
+    unheard.steps[1].region.marker = Some(d_vocab as u32 - 1);
+    assert!(unheard.bind(&model, Some("ab"), &saes).is_ok());
     let mut zero = plan.clone();
     zero.steps[2].intervention = PlanIntervention::Ablate { direction: vec![0.0; D_MODEL] };
     assert!(matches!(error(&zero), PlanError::Step { step: 2, .. }));
