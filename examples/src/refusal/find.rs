@@ -354,8 +354,11 @@ impl Search<'_> {
             .collect::<Result<Vec<_>>>()?;
         // Stable: of equals, the better candidate stays first.
         alone.sort_by(|a, b| b.score.total_cmp(&a.score));
-        let among: Vec<usize> = alone.iter().flat_map(|tried| tried.latents.clone()).collect();
-        let (mut bundle, _) =
+        // The best by their answers, all of them or those that gain from each other: the log-odds
+        // alone would take what begins like a refusal and does not end like one.
+        let among: Vec<usize> =
+            alone.iter().take(self.scale.bundle).flat_map(|tried| tried.latents.clone()).collect();
+        let (grown, _) =
             greedy_bundle(&among, self.scale.bundle, LEAST_GAIN, |latents: &[usize]| {
                 let value = |&latent: &usize| {
                     (latent, BUNDLE_TRIAL_STRENGTH * self.trained.max_activation(latent))
@@ -363,11 +366,14 @@ impl Search<'_> {
                 let clamps: Vec<(usize, f64)> = latents.iter().map(value).collect();
                 Ok::<f64, anyhow::Error>(trial.mean_log_odds(&trial.rows(&clamps)?))
             })?;
-        // Where none gains, the best two are still worth a try together.
-        if bundle.is_empty() {
-            bundle = among.iter().copied().take(2).collect();
+        let mut bundle = among;
+        let mut together = attempt(&bundle, bundle_strengths)?;
+        if grown.len() > 1 && grown.len() < bundle.len() {
+            let fewer = attempt(&grown, bundle_strengths)?;
+            if fewer.score > together.score {
+                (bundle, together) = (grown, fewer);
+            }
         }
-        let together = attempt(&bundle, bundle_strengths)?;
         bar.finish();
 
         let single = &alone[0];

@@ -168,7 +168,7 @@ impl Gate {
         let described: Vec<_> =
             lessons.iter().map(|lesson| (&lesson.prompt, lesson.group)).collect();
         let of = json!({
-            "gate": 1, "lessons": described, "features": features, "folds": N_FOLDS,
+            "gate": 2, "lessons": described, "features": features, "folds": N_FOLDS,
             "allowed": [LOOK_ALIKES_ALLOWED, ORDINARY_ALLOWED], "penalty": PENALTY,
         });
         journal.once(&key(&of), || fit(loaded, chats, lessons, selection, features))
@@ -294,10 +294,10 @@ fn tokens<'p>(
     prompts.map(|prompt| chats.prompt(&[], prompt)).collect()
 }
 
-/// The least of the scores that no more than this share of them exceeds.
+/// The least of the scores that no more than this share of them exceeds, to the nearest score.
 fn exceeded_by(mut scores: Vec<f64>, share: f64) -> Option<f64> {
     scores.sort_by(f64::total_cmp);
-    let n_allowed = (share * scores.len() as f64).floor() as usize;
+    let n_allowed = (share * scores.len() as f64).round() as usize;
     scores.iter().rev().nth(n_allowed).copied()
 }
 
@@ -322,7 +322,8 @@ mod tests {
         let scores = vec![3.0, 1.0, 2.0, 4.0];
         assert_eq!(exceeded_by(scores.clone(), 0.0), Some(4.0));
         assert_eq!(exceeded_by(scores.clone(), 0.25), Some(3.0));
-        assert_eq!(exceeded_by(scores, 0.49), Some(3.0));
+        assert_eq!(exceeded_by(scores.clone(), 0.37), Some(3.0));
+        assert_eq!(exceeded_by(scores, 0.38), Some(2.0));
         assert_eq!(exceeded_by(Vec::new(), 0.5), None);
         // Of (2, 1), (2, 3), (3, 1), (3, 3): three and a half.
         assert_eq!(area_under_curve(&[2.0, 3.0], &[1.0, 3.0]), 2.5 / 4.0);

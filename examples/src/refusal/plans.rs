@@ -116,7 +116,13 @@ impl Treatments<'_> {
         add(Arm::ZeroShot, Condition::Always, &[(Method::SaeTargeted, &best[..]), splice]);
         add(Arm::ZeroShot, Condition::Always, &controls);
         add(Arm::ZeroShot, Condition::Probe, &raising);
-        add(Arm::SixShot, Condition::Always, &raising);
+        // There, refusal is to be modulated: every other strength shows how.
+        let fewer = raising.map(|(method, strengths)| {
+            (method, strengths.iter().copied().step_by(2).collect::<Vec<_>>())
+        });
+        for (method, strengths) in &fewer {
+            add(Arm::SixShot, Condition::Always, &[(*method, strengths.as_slice())]);
+        }
         let lowering = [
             (Method::LatentAblated, &scale.ablation_strengths[..]),
             (Method::DirectionAblated, &[1.0][..]),
