@@ -15,7 +15,7 @@
 //! | estimate effects of activations (attribution patching) | [`Study::attribute_activations`] |
 //! | measure them (activation patching) | [`Study::measure_patches`] |
 //! | leave alone what the texts of a pair share | [`Study::from_positions`] |
-//! | run what comes before the first change once | [`Study::start_at`] |
+//! | run what comes before the first change once | [`Study::share_prefix`], [`Study::start_at`] |
 //!
 //! ```no_run
 //! # use model_hooks::{HookPoint, RewardModel};
