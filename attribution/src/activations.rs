@@ -3,6 +3,7 @@
 use burn::tensor::{Tensor, TensorData};
 use model_hooks::{Activation, Axis, HookPoint, Probe};
 
+use crate::attribution::gradient_at;
 use crate::baseline::Baseline;
 use crate::effect::Effect;
 use crate::error::AttributionError;
@@ -53,11 +54,7 @@ impl<M: Metric> Study<'_, M> {
         let mut probe = Probe::new(points.iter().copied());
         let grads = self.metric(&mut probe)?.sum().backward();
         let effects = |&point: &HookPoint| {
-            let gradient = match point.axes().len() {
-                3 => probe.gradient::<3>(point, &grads).map(Activation::new),
-                _ => probe.gradient::<4>(point, &grads).map(Activation::new),
-            };
-            let gradient = gradient.expect("the probe was passed");
+            let gradient = gradient_at(&probe, point, &grads);
             let shape = gradient.shape();
             let effects = self.activation_deltas(point, baseline)? * widened(gradient);
             let effects = match shape[..] {

@@ -52,7 +52,7 @@ impl<'a> SaeSite<'a> {
     }
 
     /// The first position that the SAE was trained on.
-    fn first_position(&self) -> usize {
+    pub(crate) fn first_position(&self) -> usize {
         self.sae.config().metadata.first_position().unwrap_or(0)
     }
 

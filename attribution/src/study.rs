@@ -170,6 +170,11 @@ impl<'a, M: Metric> Study<'a, M> {
         (0..self.conversations.len()).collect()
     }
 
+    /// Tokens per pass, at most.
+    pub(crate) fn batch_tokens(&self) -> usize {
+        self.batch_tokens
+    }
+
     /// Tokens that all conversations begin with, and passes leave out.
     pub(crate) fn n_prefix(&self) -> usize {
         self.prefix.n_tokens()

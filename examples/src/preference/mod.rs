@@ -111,6 +111,13 @@ pub fn run(options: &Options) -> Result<Results> {
     }
     let differences: Vec<f64> = rewards.chunks_exact(2).map(|pair| pair[0] - pair[1]).collect();
     let agreement = Agreement::new(&differences);
+    let by_rule = match &sources.origin {
+        Origin::Planted { test } => by_rule(test, &differences),
+        Origin::File(_) => Vec::new(),
+    };
+    for (rule, rate) in &by_rule {
+        tell(&format!("{:<20} {rate}", rule.label()));
+    }
     let chosen = run.chosen(&sources, &differences);
     let planted: Option<Vec<PlantedPair>> = match &sources.origin {
         Origin::Planted { test } => Some(chosen.iter().map(|&pair| test[pair].clone()).collect()),
@@ -159,13 +166,6 @@ pub fn run(options: &Options) -> Result<Results> {
         n_verified: scale.n_verified_pairs.min(pairs.len()),
         left_out,
     };
-    let by_rule = match &sources.origin {
-        Origin::Planted { test } => by_rule(test, &differences),
-        Origin::File(_) => Vec::new(),
-    };
-    for (rule, rate) in &by_rule {
-        tell(&format!("{:<20} {rate}", rule.label()));
-    }
     let told = Told { agreement, by_rule, pairs: pairs_used, human, text };
     results(&loaded, options, told, found, question.explained_threshold, clock)
 }
@@ -230,7 +230,7 @@ impl Run<'_> {
             .collect();
         // A text is read once for both the head and the autoencoders, where both are missing.
         let mut read_train = None;
-        let mut read_both = |last: bool| -> Result<Read> {
+        let read_both = |last: bool| -> Result<Read> {
             read(self.body(), &train, Wanted { points: &missing, last }, "reading pairs")
         };
         let model = match &loaded.model {

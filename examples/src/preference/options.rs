@@ -26,6 +26,12 @@ pub struct Options {
     /// human dialogues from the Python package index by default
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub chat: Vec<PathBuf>,
+    /// How many chats to learn from, each of which makes five pairs; a fifth as many are measured on
+    #[arg(long, value_name = "N", conflicts_with = "pairs")]
+    pub n_chats: Option<usize>,
+    /// How many pairs to explain
+    #[arg(long, value_name = "N")]
+    pub n_explained: Option<usize>,
     /// A text to score and attribute: an answer, or a conversation with its turns marked
     #[arg(long, value_name = "TEXT")]
     pub text: Option<String>,
@@ -172,11 +178,17 @@ impl Scale {
 impl Options {
     /// The sizes of the run.
     pub fn scale(&self) -> Scale {
-        let scale = match (self.quick, self.full) {
+        let mut scale = match (self.quick, self.full) {
             (true, _) => Scale::quick(),
             (_, true) => Scale::full(),
             _ => Scale::default(),
         };
+        if let Some(n) = self.n_chats {
+            (scale.n_train_chats, scale.n_test_chats) = (n.max(1), n.div_ceil(5).max(1));
+        }
+        if let Some(n) = self.n_explained {
+            scale.n_attributed_pairs = n.max(1);
+        }
         match self.preset {
             None => scale,
             Some(Preset::GptjPm) => Scale {
