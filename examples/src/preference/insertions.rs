@@ -121,7 +121,7 @@ fn window(question: &Question<'_>, text: usize, at: usize, first: usize) -> Resu
     let ids: Vec<u32> = ids[begin..(at + AROUND + 1).min(ids.len())]
         .iter()
         .copied()
-        .filter(|id| !special.contains(id))
+        .filter(|id| !special.contains(id) && question.tokenizer.decode(&[*id]).is_ok())
         .collect();
     Ok(question.tokenizer.decode(&ids)?.split_whitespace().collect::<Vec<_>>().join(" "))
 }

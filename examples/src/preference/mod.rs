@@ -301,6 +301,7 @@ impl Run<'_> {
                     Some(nth) => std::mem::take(&mut activations[nth]),
                     None => self.read_for(point, [&train, &chat], [&test, &held_out])?,
                 };
+                let training = saes::ordinary(&training, d_in);
                 let n_rows = training.len() / d_in;
                 let config = saes::config(kind, d_in, n_rows, scale, options.seed);
                 saes::train(&config, layer, [&training, &held_out], d_in, device)
@@ -386,7 +387,7 @@ fn explain(
     let conversations = texts(question.pairs);
     let values = table::values(question.model.body(), trained, &conversations)?;
     let rows =
-        table::rows(question, trained, &latents, &effects, &measured, contrasts.as_ref(), &values)?;
+        table::rows(question, trained, &latents, &effects, &measured, contrasts.as_ref(), &values);
     clock.lap("table");
     let raising = insertions::raising(&effects);
     let insertions =
@@ -411,9 +412,9 @@ fn explain(
         Check::new(&estimated, &by_ablation, TOP)
     };
     let verified = conversations[..n_verified].iter().enumerate().map(|(text, ids)| {
-        let tokens = table::tokens(question.tokenizer, ids)?;
+        let tokens = table::tokens(question.tokenizer, ids);
         let from = question.pairs[text / 2].divergence;
-        Ok(VerifiedText { tokens, reward: question.rewards[text], from })
+        VerifiedText { tokens, reward: question.rewards[text], from }
     });
     // What both texts of a pair add up to stands with each.
     let pairs = || effects.iter().step_by(2);
@@ -438,7 +439,7 @@ fn explain(
         attributed_to_error: shares.attributed_to_error,
         recovered: recovered.clone().map(|(places, _)| places).unwrap_or_default(),
         decoy_above: recovered.map(|(_, above)| above),
-        texts: verified.collect::<Result<_>>()?,
+        texts: verified.collect(),
         latents: rows,
         effects: means(effects.iter().map(|text| &text.ig)).into_values().collect(),
     };
@@ -454,7 +455,7 @@ fn explain_text(
     encoding: Encoding<'_>,
 ) -> Result<TextResults> {
     let ids = encoding.encode(&as_conversation(text))?;
-    let tokens = table::tokens(question.tokenizer, &ids)?;
+    let tokens = table::tokens(question.tokenizer, &ids);
     let mut results = TextResults { tokens, reward: 0.0, saes: Vec::new() };
     for trained in saes {
         let (reward, by_sae) = attribute_text(question.model, &trained.sae, trained.layer, &ids)

@@ -7,7 +7,7 @@ use model_hooks::{
     batches_in_order,
 };
 
-use super::bradley_terry::{FitConfig, fit};
+use super::bradley_terry::{Agreement, FitConfig, fit};
 use super::pairs::{TokenPair, divergence};
 use crate::progress::bar;
 
@@ -185,10 +185,29 @@ fn groups(texts: &[&[u32]]) -> Vec<(usize, Vec<usize>)> {
     groups
 }
 
-/// A head fitted to pairs, whose states come two by two, the preferred one first.
+/// Ridges that are tried.
+const RIDGES: [f64; 4] = [1e-3, 1e-2, 1e-1, 1.0];
+/// The last pairs, one of so many, choose the ridge.
+const CHOOSES: usize = 5;
+
+/// A head fitted to pairs, whose states come two by two, the preferred one first. The last fifth of
+/// the pairs chooses the ridge, by its loss under heads that learnt from the others.
 pub(super) fn head(states: &[Vec<f32>]) -> Vec<f32> {
     let differences = differences(states);
-    fit(&differences, FitConfig::default()).into_iter().map(|weight| weight as f32).collect()
+    let (learn, choose) = differences.split_at(differences.len() - differences.len() / CHOOSES);
+    let loss = |ridge: f64| {
+        let head = fit(learn, FitConfig { ridge, ..FitConfig::default() });
+        let tell = |row: &Vec<f32>| -> f64 {
+            row.iter().zip(&head).map(|(&x, weight)| f64::from(x) * weight).sum()
+        };
+        let told = choose.iter().map(tell);
+        Agreement::new(&told.collect::<Vec<f64>>()).loss
+    };
+    let losses = RIDGES.map(|ridge| (ridge, loss(ridge)));
+    let best = losses.into_iter().min_by(|a, b| a.1.total_cmp(&b.1));
+    let (ridge, _) = best.expect("some ridges");
+    let config = FitConfig { ridge, ..FitConfig::default() };
+    fit(&differences, config).into_iter().map(|weight| weight as f32).collect()
 }
 
 /// Chosen − rejected, of states that come two by two.

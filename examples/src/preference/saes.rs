@@ -25,6 +25,8 @@ const BATCH: usize = 1024;
 const K: usize = 32;
 /// The penalty on the gates of a Gated one, for activations of unit variance.
 const L1_COEFFICIENT: f64 = 5.0;
+/// Activations are not learnt from whose norm is above the median this many times.
+const OUTLYING: f32 = 8.0;
 /// Activations encoded at a time.
 const ENCODE_ROWS: usize = 4096;
 
@@ -99,6 +101,17 @@ pub(super) fn config(
         .with_seed(seed)
 }
 
+/// The rows of no outlying norm. A model's massive activations are few and would be most of the
+/// loss, so that nothing would be learnt of the others.
+pub(super) fn ordinary(rows: &[f32], d_in: usize) -> Vec<f32> {
+    let square = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>();
+    let mut squares: Vec<f32> = rows.chunks_exact(d_in).map(square).collect();
+    squares.sort_unstable_by(f32::total_cmp);
+    let median = squares.get(squares.len() / 2).copied().unwrap_or(0.0);
+    let most = OUTLYING * OUTLYING * median;
+    rows.chunks_exact(d_in).filter(|row| square(row) <= most).flatten().copied().collect()
+}
+
 /// Trains an autoencoder, and measures it.
 ///
 /// # Errors
@@ -140,4 +153,17 @@ pub(super) fn train(
         densities: reconstruction.densities(),
     };
     Ok((sae, quality))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outlying_rows_are_left_out() {
+        // Norms 1, 5, 4, 1 and 50, of which 4 is the median: 32 would be too much.
+        let rows = [0.0, 1.0, 3.0, 4.0, 4.0, 0.0, 1.0, 0.0, 30.0, 40.0];
+        assert_eq!(ordinary(&rows, 2), rows[..8]);
+        assert_eq!(ordinary(&[], 2), [0f32; 0]);
+    }
 }

@@ -19,7 +19,7 @@ use crate::progress::tell;
 use crate::storage::{hash_bytes, write_whole};
 
 /// Raised when what is kept means something else.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The stages in a folder.
 #[derive(Debug, Clone)]

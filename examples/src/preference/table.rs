@@ -60,13 +60,13 @@ pub(super) fn rows(
     measured: &[BTreeMap<usize, f64>],
     contrasts: Option<&Contrasts>,
     values: &[Values],
-) -> Result<Vec<LatentRow>> {
+) -> Vec<LatentRow> {
     let conversations = texts(question.pairs);
     let of_verified = &effects[..measured.len()];
     let by_ablation = means(measured.iter());
     let ig = means(of_verified.iter().map(|text| &text.ig));
     let gxa = means(of_verified.iter().map(|text| &text.gxa));
-    let promoted = promoted(question, trained, latents)?;
+    let promoted = promoted(question, trained, latents);
     let of = |means: &BTreeMap<usize, f64>, latent| means.get(&latent).copied().unwrap_or(0.0);
     latents
         .iter()
@@ -77,7 +77,7 @@ pub(super) fn rows(
                 let values = values[text].get(&latent).cloned().unwrap_or_default();
                 Some(OnText { text, effect, values })
             };
-            Ok(LatentRow {
+            LatentRow {
                 latent,
                 measured: of(&by_ablation, latent),
                 ig: of(&ig, latent),
@@ -85,9 +85,9 @@ pub(super) fn rows(
                 density: trained.quality.densities.get(latent).copied().unwrap_or(0.0),
                 rule: contrasts.and_then(|all| all.get(&latent)).map(|of| rule_of(of).0),
                 on_texts: measured.iter().enumerate().filter_map(on_text).collect(),
-                top: top_texts(question.tokenizer, values, latent, &conversations)?,
+                top: top_texts(question.tokenizer, values, latent, &conversations),
                 promoted,
-            })
+            }
         })
         .collect()
 }
@@ -98,7 +98,7 @@ fn top_texts(
     values: &[Values],
     latent: usize,
     conversations: &[&[u32]],
-) -> Result<Vec<TopText>> {
+) -> Vec<TopText> {
     let most = |(text, values): (usize, &Values)| {
         let most = values.get(&latent)?.iter().max_by(|a, b| a.1.total_cmp(&b.1))?;
         Some((most.1, text, most.0))
@@ -120,25 +120,22 @@ fn top_texts(
         let window = at.saturating_sub(AROUND[0])..(at + AROUND[1] + 1).min(ids.len());
         let mut of_tokens = vec![0.0; ids.len()];
         values[text][&latent].iter().for_each(|&(at, value)| of_tokens[at] = value);
-        let tokens = tokens(tokenizer, &ids[window.clone()])?;
-        Ok(TopText { tokens, values: of_tokens[window].to_vec() })
+        let tokens = tokens(tokenizer, &ids[window.clone()]);
+        TopText { tokens, values: of_tokens[window].to_vec() }
     };
     best.into_iter().map(text).collect()
 }
 
-/// Tokens as text.
-pub(super) fn tokens(tokenizer: &Tokenizer, ids: &[u32]) -> Result<Vec<String>> {
-    ids.iter().map(|&id| Ok(tokenizer.decode(&[id])?)).collect()
+/// Tokens as text. Models have ids that their tokenizer has no token for; those show their number.
+pub(super) fn tokens(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
+    let token = |&id: &u32| tokenizer.decode(&[id]).unwrap_or_else(|_| format!("⟨{id}⟩"));
+    ids.iter().map(token).collect()
 }
 
 /// Tokens whose logits one unit of each latent raises most.
-fn promoted(
-    question: &Question<'_>,
-    trained: &TrainedSae,
-    latents: &[usize],
-) -> Result<Vec<Vec<String>>> {
+fn promoted(question: &Question<'_>, trained: &TrainedSae, latents: &[usize]) -> Vec<Vec<String>> {
     if !question.unembeds {
-        return Ok(vec![Vec::new(); latents.len()]);
+        return vec![Vec::new(); latents.len()];
     }
     let body = question.model.body();
     let (d_in, directions) = (trained.sae.config().d_in, trained.sae.directions());
@@ -153,8 +150,8 @@ fn promoted(
             let mut order: Vec<u32> = (0..logits.len() as u32).collect();
             order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
             order.truncate(N_PROMOTED);
-            promoted.push(tokens(question.tokenizer, &order)?);
+            promoted.push(tokens(question.tokenizer, &order));
         }
     }
-    Ok(promoted)
+    promoted
 }
