@@ -1,13 +1,13 @@
 //! Effects of activations at any hook point.
 
 use burn::tensor::{Tensor, TensorData};
-use model_hooks::{Activation, ActivationCache, Axis, HookPoint, Probe};
+use model_hooks::{Activation, Axis, HookPoint, Probe};
 
+use crate::attribution::gradient_at;
 use crate::baseline::Baseline;
 use crate::effect::Effect;
 use crate::error::AttributionError;
 use crate::metric::Metric;
-use crate::site::other_run;
 use crate::study::Study;
 
 /// The effects that the numbers of an activation have on the metric of each conversation.
@@ -54,11 +54,7 @@ impl<M: Metric> Study<'_, M> {
         let mut probe = Probe::new(points.iter().copied());
         let grads = self.metric(&mut probe)?.sum().backward();
         let effects = |&point: &HookPoint| {
-            let gradient = match point.axes().len() {
-                3 => probe.gradient::<3>(point, &grads).map(Activation::new),
-                _ => probe.gradient::<4>(point, &grads).map(Activation::new),
-            };
-            let gradient = gradient.expect("the probe was passed");
+            let gradient = gradient_at(&probe, point, &grads);
             let shape = gradient.shape();
             let effects = self.activation_deltas(point, baseline)? * widened(gradient);
             let effects = match shape[..] {
@@ -79,12 +75,7 @@ impl<M: Metric> Study<'_, M> {
         point: HookPoint,
         baseline: Baseline<'_, Tensor<1>>,
     ) -> Result<Tensor<4>, AttributionError> {
-        let tokens = self.tokens(&self.all())?;
-        let kept = |cache: &ActivationCache| {
-            let (_, kept) = cache.iter().next().expect("captured");
-            widened(kept.clone())
-        };
-        let clean = kept(&self.body().capture(&tokens, [point])?);
+        let clean = widened(self.captured(point)?);
         let deltas = match baseline {
             Baseline::Zero => -clean,
             Baseline::Mean(mean) => {
@@ -95,12 +86,9 @@ impl<M: Metric> Study<'_, M> {
                 }
                 mean.clone().reshape([1, 1, heads, width]) - clean
             }
-            Baseline::Run(other) => {
-                let other = other_run(self, other)?;
-                kept(&self.body().capture(&other, [point])?) - clean
-            }
+            Baseline::Run(other) => widened(self.captured_other(point, other)?) - clean,
         };
-        let positions = tokens.positions(0);
+        let positions = self.positions()?;
         let (batch, pos) = (positions.n_rows(), positions.n_columns());
         let shape = if position_axis(point) == 1 { [batch, pos, 1, 1] } else { [batch, 1, pos, 1] };
         let mask: Vec<f32> = self.mask(0)?.into_data().iter().collect();

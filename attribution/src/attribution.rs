@@ -222,7 +222,7 @@ impl<M: Metric> Study<'_, M> {
     }
 
     /// One backward pass: activations and gradients at all sites, one of them shifted.
-    fn gradients(
+    pub(crate) fn gradients(
         &self,
         sites: &[SaeSite<'_>],
         shift: Option<(HookPoint, Tensor<2>)>,
@@ -242,16 +242,12 @@ impl<M: Metric> Study<'_, M> {
         let value = sum(metric.clone().inner());
         let grads = metric.backward();
         let at = |&point: &HookPoint| {
-            let (x, gradient) = match point.axes().len() {
-                3 => (probe.value::<3>(point).map(Activation::new), {
-                    probe.gradient::<3>(point, &grads).map(Activation::new)
-                }),
-                _ => (probe.value::<4>(point).map(Activation::new), {
-                    probe.gradient::<4>(point, &grads).map(Activation::new)
-                }),
+            let x = match point.axes().len() {
+                3 => probe.value::<3>(point).map(Activation::new),
+                _ => probe.value::<4>(point).map(Activation::new),
             };
-            let of = |x: Option<Activation>| joined_rows(x.expect("the probe was passed"));
-            At { x: of(x), gradient: of(gradient) }
+            let x = joined_rows(x.expect("the probe was passed"));
+            At { x, gradient: joined_rows(gradient_at(&probe, point, &grads)) }
         };
         Ok(Gradients { metric: value, sites: points.iter().map(at).collect() })
     }
@@ -270,17 +266,30 @@ impl<M: Metric> Study<'_, M> {
     }
 }
 
-struct Gradients {
+pub(crate) struct Gradients {
     /// Summed over conversations.
     metric: f64,
-    sites: Vec<At>,
+    pub(crate) sites: Vec<At>,
 }
 
 /// At one site, `[n, d_in]`.
 #[derive(Clone)]
-struct At {
+pub(crate) struct At {
     x: Tensor<2>,
-    gradient: Tensor<2>,
+    pub(crate) gradient: Tensor<2>,
+}
+
+/// The gradient at a point that a pass came by.
+pub(crate) fn gradient_at(
+    probe: &Probe,
+    point: HookPoint,
+    grads: &burn::tensor::Gradients,
+) -> Activation {
+    let gradient = match point.axes().len() {
+        3 => probe.gradient::<3>(point, grads).map(Activation::new),
+        _ => probe.gradient::<4>(point, grads).map(Activation::new),
+    };
+    gradient.expect("the probe was passed")
 }
 
 /// Runs activations that carry gradients through SAEs whose errors carry none.

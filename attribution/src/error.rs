@@ -37,6 +37,14 @@ pub enum AttributionError {
         /// The width of the mean.
         actual: usize,
     },
+    /// What is at one point does not depend on what is at the other.
+    #[error("{to} does not come behind {from} in a pass")]
+    NotBehind {
+        /// Where edges were to begin.
+        from: HookPoint,
+        /// Where they were to end.
+        to: HookPoint,
+    },
     /// The activation has no axis of positions next to that of the batch.
     #[error("{point} has no row for every position")]
     NotByPosition {

@@ -10,7 +10,7 @@ use crate::effect::Effect;
 use crate::error::AttributionError;
 use crate::metric::Metric;
 use crate::shift::Shift;
-use crate::site::{Changes, SaeMeans, SaeSite, captured_rows};
+use crate::site::{Changes, SaeMeans, SaeSite, joined_rows};
 use crate::study::{Study, of_rows};
 
 /// Some latents of one conversation, changed at all its positions at once.
@@ -74,13 +74,13 @@ impl<M: Metric> Study<'_, M> {
         cuts: &[Cut],
     ) -> Result<Vec<Effect>, AttributionError> {
         site.check(self)?;
-        let cache = self.body().capture(&self.tokens(&self.all())?, [site.point])?;
-        let changes = Changes::new(self, site, baseline, captured_rows(&cache, site.point))?;
+        let x = joined_rows(self.captured(site.point)?);
+        let changes = Changes::new(self, site, baseline, x)?;
         let clean = self.clean()?;
         let changes = CutChanges::new(changes, clean.len());
         let rows: Vec<usize> = cuts.iter().map(|cut| cut.conversation).collect();
         let metrics = self.in_batches(&rows, |first, rows| {
-            let n = rows.iter().map(|&row| self.conversations()[row].len()).max().unwrap_or(0);
+            let n = rows.iter().map(|&row| self.own(row).len()).max().unwrap_or(0);
             let shift = changes.shift(&cuts[first..first + rows.len()], n);
             self.measure(rows, &mut Shift::new(site.point, Activation::new(shift)))
         })?;
@@ -114,9 +114,13 @@ impl<M: Metric> Study<'_, M> {
             let [_, _, heads, width] = deltas.dims();
             let mut mask = vec![0f32; rows.len() * n * heads];
             for (cell, patch) in patches[first..first + rows.len()].iter().enumerate() {
-                let padding = n - self.conversations()[patch.conversation].len();
+                let padding = n - self.own(patch.conversation).len();
                 let columns = match patch.position {
-                    Some(position) => padding + position..padding + position + 1,
+                    Some(position) => {
+                        let own = position.checked_sub(self.n_prefix());
+                        let column = padding + own.expect("a position behind the shared prefix");
+                        column..column + 1
+                    }
                     None => padding..n,
                 };
                 for column in columns {

@@ -14,8 +14,10 @@
 //! | check the first by the second | [`Study::check`] |
 //! | estimate effects of activations (attribution patching) | [`Study::attribute_activations`] |
 //! | measure them (activation patching) | [`Study::measure_patches`] |
+//! | estimate what latents do by way of latents further up | [`Study::attribute_edges`] |
+//! | prune all latents but some, and see what is left | [`Study::circuit_shares`] |
 //! | leave alone what the texts of a pair share | [`Study::from_positions`] |
-//! | run what comes before the first change once | [`Study::start_at`] |
+//! | run what comes before the first change once | [`Study::share_prefix`], [`Study::start_at`] |
 //!
 //! ```no_run
 //! # use model_hooks::{HookPoint, RewardModel};
@@ -41,6 +43,8 @@ mod activations;
 mod attribution;
 mod baseline;
 mod check;
+mod circuit;
+mod edges;
 mod effect;
 mod error;
 mod gradient;
@@ -58,6 +62,8 @@ pub use attribution::{
 };
 pub use baseline::Baseline;
 pub use check::{Check, CheckConfig, Checked, Compared, pearson};
+pub use circuit::{Circuit, CircuitShare, Errors, Pruned};
+pub use edges::Edges;
 pub use effect::Effect;
 pub use error::AttributionError;
 pub use gradient::{clamp_slopes, gradient_times_activation};

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use kernels::sparse_decode;
-use model_hooks::{Activation, ActivationCache, Axis, HookError, HookPoint, TokenBatch};
+use model_hooks::{Activation, Axis, HookError, HookPoint, TokenBatch};
 use sae_core::{Sae, SparseLatents};
 
 use crate::baseline::Baseline;
@@ -52,7 +52,7 @@ impl<'a> SaeSite<'a> {
     }
 
     /// The first position that the SAE was trained on.
-    fn first_position(&self) -> usize {
+    pub(crate) fn first_position(&self) -> usize {
         self.sae.config().metadata.first_position().unwrap_or(0)
     }
 
@@ -101,9 +101,8 @@ impl Changes {
                 (indices, deltas, error.clone().unsqueeze() - clean.error)
             }
             Baseline::Run(other) => {
-                let other = other_run(study, other)?;
-                let x = study.body().capture(&other, [site.point])?;
-                let other = site.sae.decompose(captured_rows(&x, site.point));
+                let other = joined_rows(study.captured_other(site.point, other)?);
+                let other = site.sae.decompose(other);
                 let (indices, deltas) = between(&clean.latents, &other.latents);
                 (indices, deltas, other.error - clean.error)
             }
@@ -177,12 +176,6 @@ pub(crate) fn joined_rows(x: Activation) -> Tensor<2> {
         Activation::Rank3(x) => x.flatten(0, 1),
         Activation::Rank4(x) => x.flatten::<3>(2, 3).flatten(0, 1),
     }
-}
-
-/// What a cache kept at a point, as rows.
-pub(crate) fn captured_rows(cache: &ActivationCache, point: HookPoint) -> Tensor<2> {
-    let (_, kept) = cache.iter().find(|(kept, _)| *kept == point).expect("captured");
-    joined_rows(kept.clone())
 }
 
 #[cfg(test)]

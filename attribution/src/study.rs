@@ -1,21 +1,29 @@
 //! Conversations of which a metric is to be explained.
 
 use burn::tensor::{Int, Tensor, TensorData};
-use model_hooks::{Hook, HookPoint, LanguageModel, Positions, SharedPrefix, Site, TokenBatch};
+use model_hooks::{
+    Activation, ActivationCache, Hook, HookPoint, KvCache, LanguageModel, Positions, SharedPrefix,
+    Site, TokenBatch,
+};
 
+use crate::activations::position_axis;
 use crate::error::AttributionError;
 use crate::metric::{End, Metric};
+use crate::site::other_run;
 
 /// Conversations, and the metric of each that is to be explained.
 ///
 /// It runs passes over any choice of its conversations, the same one in several rows if need be, so
-/// that many interventions share a pass. [`start_at`](Self::start_at) runs what comes before the
-/// first intervention once for all of them.
+/// that many interventions share a pass. [`share_prefix`](Self::share_prefix) and
+/// [`start_at`](Self::start_at) run what comes before the first intervention, of the tokens and of
+/// the blocks, once for all of them.
 #[derive(Debug, Clone)]
 pub struct Study<'a, M> {
     metric: &'a M,
     conversations: Vec<Vec<u32>>,
     firsts: Vec<usize>,
+    /// What all conversations begin with, and passes leave out.
+    prefix: SharedPrefix,
     start: Option<Start>,
     batch_tokens: usize,
 }
@@ -23,7 +31,7 @@ pub struct Study<'a, M> {
 /// Where passes begin, if not with tokens.
 #[derive(Debug, Clone)]
 struct Start {
-    /// Before block `layer`, of all conversations padded to one length.
+    /// Before block `layer`, of what follows the prefix in all conversations, padded to one length.
     residual: Tensor<3>,
     layer: usize,
     /// A point that this residual stream stands at, and no block comes by any more.
@@ -46,15 +54,15 @@ impl<'a, M: Metric> Study<'a, M> {
         TokenBatch::new(conversations, body.config(), body.device())?;
         let conversations: Vec<_> = conversations.iter().map(|ids| ids.as_ref().to_vec()).collect();
         let firsts = vec![0; conversations.len()];
-        let (start, batch_tokens) = (None, Self::BATCH_TOKENS);
-        Ok(Self { metric, conversations, firsts, start, batch_tokens })
+        let (prefix, start, batch_tokens) = (SharedPrefix::default(), None, Self::BATCH_TOKENS);
+        Ok(Self { metric, conversations, firsts, prefix, start, batch_tokens })
     }
 
     /// Leaves the positions of each conversation alone that come before its own first one: those
     /// that the two texts of a pair share, for example.
     ///
     /// # Panics
-    /// If there is not one for each conversation.
+    /// If there is not one for each conversation, or a prefix is shared already.
     #[must_use]
     pub fn from_positions(mut self, firsts: Vec<usize>) -> Self {
         assert_eq!(
@@ -62,8 +70,32 @@ impl<'a, M: Metric> Study<'a, M> {
             self.conversations.len(),
             "a first position for each conversation"
         );
+        assert_eq!(self.prefix.n_tokens(), 0, "a prefix is shared already");
         self.firsts = firsts;
         self
+    }
+
+    /// Runs the tokens that all conversations begin with now, as far as they are left alone, and
+    /// never again. Nothing changes but the time it takes.
+    ///
+    /// # Errors
+    /// If the pass fails.
+    ///
+    /// # Panics
+    /// If the study starts behind some blocks already.
+    pub fn share_prefix(mut self) -> Result<Self, AttributionError> {
+        assert!(self.start.is_none(), "a prefix is shared before blocks are");
+        let [first, others @ ..] = &self.conversations[..] else { return Ok(self) };
+        let common = |other: &Vec<u32>| first.iter().zip(other).take_while(|(a, b)| a == b).count();
+        let common = others.iter().map(common).min().unwrap_or(first.len());
+        // The last token of each stays, as the metric is read there.
+        let lengths = self.conversations.iter().map(|ids| ids.len() - 1);
+        let alone = self.firsts.iter().copied().chain(lengths).min().unwrap_or(0);
+        let prefix = &first[..common.min(alone)];
+        if !prefix.is_empty() {
+            self.prefix = self.body().prefix(prefix, &mut ())?;
+        }
+        Ok(self)
     }
 
     /// Tokens per pass where many interventions are measured, at most (a longer conversation runs
@@ -92,7 +124,10 @@ impl<'a, M: Metric> Study<'a, M> {
             HookPoint::Block { layer, .. } => (layer, None),
             HookPoint::LnFinalScale | HookPoint::LnFinalNormalized => (n_layers, None),
         };
-        let residual = body.run_until(&self.tokens(&self.all())?, layer, &mut ())?;
+        let tokens = self.tokens(&self.all())?;
+        let (positions, mut cache) = self.pass(&tokens);
+        let residual = body.embed(&tokens, &positions, &mut ());
+        let residual = body.blocks(residual, 0..layer, &mut cache, &mut ())?;
         self.start = Some(Start { residual, layer, fires });
         Ok(self)
     }
@@ -135,16 +170,84 @@ impl<'a, M: Metric> Study<'a, M> {
         (0..self.conversations.len()).collect()
     }
 
-    /// The tokens of some conversations, the same one as often as it is named.
+    /// Tokens per pass, at most.
+    pub(crate) fn batch_tokens(&self) -> usize {
+        self.batch_tokens
+    }
+
+    /// Tokens that all conversations begin with, and passes leave out.
+    pub(crate) fn n_prefix(&self) -> usize {
+        self.prefix.n_tokens()
+    }
+
+    /// What follows the prefix in a conversation: the tokens that passes run.
+    pub(crate) fn own(&self, row: usize) -> &[u32] {
+        &self.conversations[row][self.n_prefix()..]
+    }
+
+    /// The tokens of some conversations behind the prefix, the same one as often as it is named.
     pub(crate) fn tokens(&self, rows: &[usize]) -> Result<TokenBatch, AttributionError> {
-        let ids: Vec<&[u32]> = rows.iter().map(|&row| &self.conversations[row][..]).collect();
+        let ids: Vec<&[u32]> = rows.iter().map(|&row| self.own(row)).collect();
         let body = self.body();
         Ok(TokenBatch::new(&ids, body.config(), body.device())?)
     }
 
-    /// Where the columns of all conversations stand, padded to one length.
+    /// Where the columns of all conversations behind the prefix stand, padded to one length.
     pub(crate) fn positions(&self) -> Result<Positions, AttributionError> {
-        Ok(self.tokens(&self.all())?.positions(0))
+        Ok(self.tokens(&self.all())?.positions(self.n_prefix()))
+    }
+
+    /// What a pass over some tokens needs.
+    fn pass(&self, tokens: &TokenBatch) -> (Positions, KvCache) {
+        let cache = self.body().cache(self.prefix.clone(), tokens);
+        (tokens.positions(self.n_prefix()), cache)
+    }
+
+    /// The activation at a point, of all conversations behind the prefix.
+    pub(crate) fn captured(&self, point: HookPoint) -> Result<Activation, AttributionError> {
+        if let Some(Start { residual, fires: Some(fires), .. }) = &self.start
+            && *fires == point
+        {
+            return Ok(Activation::new(residual.clone()));
+        }
+        let kept = |cache: &ActivationCache| cache.iter().next().expect("captured").1.clone();
+        if self.n_prefix() == 0 {
+            return Ok(kept(&self.body().capture(&self.tokens(&self.all())?, [point])?));
+        }
+        self.check_by_position(point)?;
+        let mut cache = ActivationCache::new([point]);
+        self.metric(&mut cache)?;
+        Ok(kept(&cache))
+    }
+
+    /// The activation at a point in another run of as many tokens, without those that stand where
+    /// the prefix does.
+    pub(crate) fn captured_other(
+        &self,
+        point: HookPoint,
+        other: &[Vec<u32>],
+    ) -> Result<Activation, AttributionError> {
+        let tokens = other_run(self, other)?;
+        let cache = self.body().capture(&tokens, [point])?;
+        let kept = cache.iter().next().expect("captured").1.clone();
+        if self.n_prefix() == 0 {
+            return Ok(kept);
+        }
+        self.check_by_position(point)?;
+        let n = self.positions()?.n_columns();
+        let padding = tokens.dims()[1] - n;
+        Ok(match kept {
+            Activation::Rank3(x) => Activation::new(x.narrow(1, padding, n)),
+            Activation::Rank4(x) => Activation::new(x.narrow(1, padding, n)),
+        })
+    }
+
+    /// Rows for every position can be told apart from those of the prefix.
+    fn check_by_position(&self, point: HookPoint) -> Result<(), AttributionError> {
+        match position_axis(point) {
+            1 => Ok(()),
+            _ => Err(AttributionError::NotByPosition { point }),
+        }
     }
 
     /// One pass over some conversations.
@@ -158,8 +261,7 @@ impl<'a, M: Metric> Study<'a, M> {
     ) -> Result<Tensor<1>, AttributionError> {
         let body = self.body();
         let tokens = self.tokens(rows)?;
-        let (positions, mut cache) =
-            (tokens.positions(0), body.cache(SharedPrefix::default(), &tokens));
+        let (positions, mut cache) = self.pass(&tokens);
         let n_layers = body.config().n_layers;
         let (residual, layer) = match &self.start {
             None => (body.embed(&tokens, &positions, hook), 0),
@@ -187,7 +289,7 @@ impl<'a, M: Metric> Study<'a, M> {
         rows: &[usize],
         mut run: impl FnMut(usize, &[usize]) -> Result<Tensor<1>, AttributionError>,
     ) -> Result<Vec<f64>, AttributionError> {
-        let texts: Vec<&[u32]> = rows.iter().map(|&row| &self.conversations[row][..]).collect();
+        let texts: Vec<&[u32]> = rows.iter().map(|&row| self.own(row)).collect();
         let mut metrics = Vec::with_capacity(rows.len());
         for batch in model_hooks::batches_in_order(&texts, self.batch_tokens) {
             let first = batch.start;

@@ -7,175 +7,548 @@
 pub mod bradley_terry;
 pub mod classifier;
 mod effects;
+mod explained;
+mod human;
 mod insertions;
 mod model;
 mod options;
 mod page;
 pub mod pairs;
 pub mod planted;
+mod recovery;
+mod repetition;
 mod results;
 mod saes;
+mod sources;
+mod stages;
+mod table;
+mod text;
+pub mod tf_idf;
 
+use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
-use attribution::{AttributionConfig, Baseline, Integration, Reward, SaeSite, Study};
-use model_hooks::text::Tokenizer;
-use model_hooks::{HookPoint, RewardModel};
+use anyhow::{Context, Result, bail, ensure};
+use attribution::Check;
+use burn::tensor::Device;
+use model_hooks::{HookPoint, LanguageModel, RewardModel};
+use serde_json::json;
 use steering::Rate;
 
-pub use options::{Options, Scale};
+pub use options::{Blocks, Options, Preset, SaeKind, Scale};
 pub use page::render;
 pub use results::{
-    Estimate, Explained, Insertion, LatentRow, OnText, Results, SaeResults, TopText, VerifiedText,
+    Estimate, Explained, Head, Human, Insertion, Interval, LatentRow, OnText, PairsUsed,
+    Repetition, Results, SaeResults, TextBySae, TextResults, TopText, VerifiedText,
 };
+pub use text::{as_conversation, attribute_text};
 
 use self::bradley_terry::Agreement;
-use self::effects::{Question, TOP};
-use self::pairs::{ASSISTANT, HUMAN, TokenPair};
-use self::planted::{PlantedPair, Rule, planted_pairs};
+use self::effects::{Question, TextEffects, extremes, means};
+use self::insertions::Insertions;
+use self::model::{Read, Wanted, read, texts};
+use self::planted::{PlantedPair, Rule};
+use self::recovery::TOP;
 use self::saes::TrainedSae;
-use crate::assets::{LoadedModel, load_model, locate_model};
-use crate::corpus;
+use self::sources::{Encoding, Origin, Sources, sources};
+use self::stages::{Fingerprint, Stages};
+use crate::assets::{self, HeadedModel, TextModel, load_text_model, locate_model};
 use crate::device::device;
 use crate::progress::{step, tell};
+use crate::storage::cache_folder;
 
 /// Latents named for a text of the user's.
 const N_NAMED: usize = 8;
+/// A difference of rewards counts from this share of the standard deviation of all.
+const COUNTED: f64 = 0.25;
 
-/// Runs it all.
+/// Runs it all. What an earlier run had done is in the cache, and is not done again.
 ///
 /// # Errors
 /// If the model cannot be had, or a step fails; the message says which.
 pub fn run(options: &Options) -> Result<Results> {
-    let start = Instant::now();
+    let mut clock = Clock::new();
     let (scale, device) = (options.scale(), device(&options.device)?);
-    step("Model");
-    let loaded = load_model(options.model.as_deref(), &device)?;
-    let body = &loaded.model;
-    let config = body.config();
-    let end = config.special_tokens.eos.first().copied();
-    let layers = options.layers(&scale, config.n_layers);
-    let points: Vec<HookPoint> = layers.iter().map(|&l| HookPoint::resid_post(l)).collect();
-    points.iter().try_for_each(|&point| body.check_point(point))?;
-    tell(&format!("{}, {} blocks of {}", loaded.name, config.n_layers, config.d_model));
-
-    step("Preference model");
-    let (training, selection) = (corpus::training(), corpus::selection());
-    let planted = |turns, n, seed| -> Result<(Vec<PlantedPair>, Vec<TokenPair>)> {
-        let planted = planted_pairs(turns, n, seed);
-        let tokens = |pair: &PlantedPair| TokenPair::new(&pair.pair(), &loaded.tokenizer, end);
-        let tokens = planted.iter().map(tokens).collect::<Result<_, _>>()?;
-        Ok((planted, tokens))
-    };
-    let (_, train_pairs) = planted(&training.compliances, scale.n_train_pairs, options.seed)?;
-    let (test, test_pairs) = planted(&selection.compliances, scale.n_test_pairs, options.seed + 1)?;
-    let trained_on = model::read(body, &model::texts(&train_pairs), &points, "reading pairs")?;
-    let tested_on = model::read(body, &model::texts(&test_pairs), &points, "reading test pairs")?;
-    let head = model::head(&trained_on.last);
-    let model = model::with_head(body, &head);
-    let rewards = model::rewards(&tested_on.last, &head);
-    let differences: Vec<f64> = rewards.chunks_exact(2).map(|pair| pair[0] - pair[1]).collect();
-    let agreement = Agreement::new(&differences);
-    let by_rule = by_rule(&test, &differences);
-    tell(&format!(
-        "agrees with the rules on {} of {} held-out pairs, calibration error {:.3}",
-        agreement.accuracy, agreement.accuracy.n, agreement.calibration_error
-    ));
-    for (rule, rate) in &by_rule {
-        tell(&format!("  {:<20} {rate}", rule.label()));
+    clock.step("Model");
+    let path = locate_model(options.model.as_deref())?;
+    let own_head = has_own_head(&path)?;
+    if options.preset == Some(Preset::GptjPm) && !own_head {
+        bail!("--preset gptj-pm opens up a reward model: pass a sequence classifier with --model");
     }
+    let head = if own_head { assets::Head::Reward } else { assets::Head::Language };
+    let loaded = load_text_model(path.clone(), head, &device)?;
+    let config = loaded.model.body().config().clone();
+    let layers = options.layers(&scale, config.n_layers)?;
+    let (n_layers, d_model) = (config.n_layers, config.d_model);
+    tell(&format!("{}, {n_layers} blocks of {d_model}", loaded.name));
+    let end = config.special_tokens.eos.first().copied().filter(|_| !options.without_end);
+    let max_tokens = scale.max_tokens.min(config.n_ctx);
+    let encoding = Encoding { tokenizer: &loaded.tokenizer, end, max_tokens };
+    let stages = Stages::new(cache_folder()?.join("preference"), options.retrain);
+    let sources = sources(options, &scale, encoding)?;
+
+    clock.step("Preference model");
+    let run = Run { options, scale: &scale, loaded: &loaded, stages: &stages, device: &device };
+    let human = match &sources.origin {
+        Origin::Planted { .. } => None,
+        Origin::File(pairs) => {
+            let found = human::cross_validate(loaded.model.body(), &loaded.hash, pairs, &stages)?;
+            tell_human(&found);
+            Some(found)
+        }
+    };
+    let Trained { model, key, rewards, saes } = run.train(&sources, &layers, &mut clock)?;
     if let Some(folder) = &options.save {
-        classifier::save(&locate_model(options.model.as_deref())?, &head, folder)?;
+        match &loaded.model {
+            HeadedModel::Reward(_) => bail!("--save: {} has its own head already", loaded.name),
+            HeadedModel::Language(_) => {
+                let head: Vec<f32> = model.head().weight().into_data().iter().collect();
+                classifier::save(&path, &head, folder)?;
+            }
+        }
         tell(&format!("saved to {}", folder.display()));
     }
-
-    let deviation = insertions::deviation(&differences);
-    let n_attributed = scale.n_attributed_pairs.min(test_pairs.len());
+    let differences: Vec<f64> = rewards.chunks_exact(2).map(|pair| pair[0] - pair[1]).collect();
+    let agreement = Agreement::new(&differences);
+    let by_rule = match &sources.origin {
+        Origin::Planted { test } => by_rule(test, &differences),
+        Origin::File(_) => Vec::new(),
+    };
+    for (rule, rate) in &by_rule {
+        tell(&format!("{:<20} {rate}", rule.label()));
+    }
+    let chosen = run.chosen(&sources, &differences);
+    let planted: Option<Vec<PlantedPair>> = match &sources.origin {
+        Origin::Planted { test } => Some(chosen.iter().map(|&pair| test[pair].clone()).collect()),
+        Origin::File(_) => None,
+    };
+    let pairs: Vec<_> = chosen.iter().map(|&pair| sources.test[pair].clone()).collect();
+    let of_chosen: Vec<f64> =
+        chosen.iter().flat_map(|&pair| [rewards[2 * pair], rewards[2 * pair + 1]]).collect();
     let question = Question {
         model: &model,
+        unembeds: matches!(loaded.model, HeadedModel::Language(_)),
         tokenizer: &loaded.tokenizer,
-        planted: &test[..n_attributed],
-        pairs: &test_pairs[..n_attributed],
+        planted: planted.as_deref(),
+        pairs: &pairs,
+        rewards: &of_chosen,
         scale: &scale,
-        explained_threshold: 0.25 * deviation,
+        explained_threshold: COUNTED * insertions::deviation(&differences),
         seed: options.seed,
+        stages: &stages,
+        key: &key,
     };
-    let (mut saes, mut explained, mut inserted) = (Vec::new(), Vec::new(), Vec::new());
-    for (nth, &layer) in layers.iter().enumerate() {
-        step(&format!("Autoencoder at {}", points[nth]));
-        let activations = [&trained_on.activations[nth][..], &tested_on.activations[nth][..]];
-        let trained =
-            saes::train(nth, layer, activations, config.d_model, &scale, options.seed, &device)?;
-        let found = effects::explain(&question, &trained)?;
-        tell_sae(&found.results);
-        if let Some(text) = &options.text {
-            tell_text(text, &model, &loaded.tokenizer, &trained, end)?;
-        }
-        inserted.push(insertions::insert(
-            &question,
-            &trained,
-            &found.raising,
-            &selection.compliances,
-            end,
-        )?);
-        saes.push(found.results);
-        explained.extend(found.explained);
+    let mut found = Vec::new();
+    for trained in &saes {
+        clock.step(&format!("Latents after block {}", trained.layer));
+        found.push(explain(&question, trained, &sources, encoding, &mut clock)?);
     }
-    results(
-        &loaded,
-        options,
-        Parts { agreement, by_rule, saes, explained, inserted, threshold: 0.25 * deviation },
-        start,
-    )
+    let text = match &options.text {
+        None => None,
+        Some(text) => {
+            clock.step("Text");
+            Some(explain_text(text, &question, &saes, encoding)?)
+        }
+    };
+    let (file, left_out) = match &sources.origin {
+        Origin::Planted { .. } => (None, None),
+        Origin::File(human) => {
+            let name = options.pairs.as_deref().and_then(Path::file_name);
+            (name.map(|name| name.to_string_lossy().into_owned()), Some(human.left_out))
+        }
+    };
+    let pairs_used = PairsUsed {
+        file,
+        n_train: sources.train.len(),
+        n_test: sources.test.len(),
+        n_attributed: pairs.len(),
+        n_verified: scale.n_verified_pairs.min(pairs.len()),
+        left_out,
+    };
+    let told = Told { agreement, by_rule, pairs: pairs_used, human, text };
+    results(&loaded, options, told, found, question.explained_threshold, clock)
 }
 
-struct Parts {
+/// What a run works with.
+struct Run<'a> {
+    options: &'a Options,
+    scale: &'a Scale,
+    loaded: &'a TextModel,
+    stages: &'a Stages,
+    device: &'a Device,
+}
+
+/// A preference model, and autoencoders on it.
+struct Trained {
+    model: RewardModel,
+    key: Fingerprint,
+    /// Of the pairs to measure on, the preferred text of each first.
+    rewards: Vec<f64>,
+    saes: Vec<TrainedSae>,
+}
+
+impl Run<'_> {
+    fn body(&self) -> &LanguageModel {
+        self.loaded.model.body()
+    }
+
+    /// Trains the head, if the model has none, and the autoencoders, reading each text once.
+    fn train(&self, sources: &Sources, layers: &[usize], clock: &mut Clock) -> Result<Trained> {
+        let Self { options, scale, loaded, stages, device } = *self;
+        let (train, test) = (texts(&sources.train), texts(&sources.test));
+        let [chat, held_out] = &sources.chat;
+        fn as_slices(texts: &[Vec<u32>]) -> Vec<&[u32]> {
+            texts.iter().map(Vec::as_slice).collect()
+        }
+        let (chat, held_out) = (as_slices(chat), as_slices(held_out));
+        let key_of_head = Fingerprint::new(&json!({
+            "model": loaded.hash, "texts": Fingerprint::of_texts(&train), "device": options.device,
+        }));
+        let all = [&train, &chat, &test, &held_out].map(|texts| Fingerprint::of_texts(texts));
+        let d_in = self.body().config().d_model;
+        let kinds = scale.kinds.iter().cycle();
+        let keys: Vec<(usize, SaeKind, Fingerprint)> = layers
+            .iter()
+            .zip(kinds)
+            .map(|(&layer, &kind)| {
+                let key = Fingerprint::new(&json!({
+                    "model": loaded.hash,
+                    "texts": all,
+                    "layer": layer,
+                    "config": saes::config(kind, d_in, usize::MAX, scale, options.seed),
+                    "device": options.device,
+                }));
+                (layer, kind, key)
+            })
+            .collect();
+        let name = |layer: usize| format!("block{layer}-sae");
+        let missing: Vec<HookPoint> = keys
+            .iter()
+            .filter(|(layer, _, key)| !stages.has_sae(&name(*layer), key))
+            .map(|&(layer, ..)| HookPoint::resid_post(layer))
+            .collect();
+        // A text is read once for both the head and the autoencoders, where both are missing.
+        let mut read_train = None;
+        let read_both = |last: bool| -> Result<Read> {
+            read(self.body(), &train, Wanted { points: &missing, last }, "reading pairs")
+        };
+        let model = match &loaded.model {
+            HeadedModel::Reward(model) => model.as_ref().clone(),
+            HeadedModel::Language(body) => {
+                let head: Vec<f32> = stages.value("head", &key_of_head, || {
+                    let read = read_train.insert(read_both(true)?);
+                    Ok(model::head(&read.last))
+                })?;
+                ensure!(
+                    head.len() == body.config().d_model && head.iter().all(|w| w.is_finite()),
+                    "the head that was kept is not this model's: run with --retrain"
+                );
+                model::with_head(body, &head)
+            }
+        };
+        let weights: Vec<u32> =
+            model.head().weight().into_data().iter::<f32>().map(f32::to_bits).collect();
+        let key = Fingerprint::new(&json!({
+            "model": loaded.hash, "head": weights, "device": options.device,
+        }));
+        let key_of_rewards =
+            Fingerprint::new(&json!({"model": key, "texts": Fingerprint::of_texts(&test)}));
+        let mut read_test = None;
+        let rewards: Vec<f64> = stages.value("rewards", &key_of_rewards, || {
+            let wanted = Wanted { points: &missing, last: true };
+            let read = read_test.insert(read(self.body(), &test, wanted, "reading test pairs")?);
+            Ok(model::rewards(&read.last, &model))
+        })?;
+        ensure!(rewards.len() == test.len(), "the rewards that were kept are of other texts");
+        let differences: Vec<f64> = rewards.chunks_exact(2).map(|pair| pair[0] - pair[1]).collect();
+        let agreement = Agreement::new(&differences);
+        tell(&format!(
+            "agrees with {} of {} held-out pairs, calibration error {:.3}",
+            agreement.accuracy, agreement.accuracy.n, agreement.calibration_error
+        ));
+        clock.step("Autoencoders");
+        let mut activations = vec![[Vec::new(), Vec::new()]; missing.len()];
+        if !missing.is_empty() {
+            let plain = Wanted { points: &missing, last: false };
+            let of_pairs = match read_train {
+                Some(read) => read,
+                None => read_both(false)?,
+            };
+            let of_test = match read_test {
+                Some(read) => read,
+                None => read(self.body(), &test, plain, "reading test pairs")?,
+            };
+            let of_chat = read(self.body(), &chat, plain, "reading chats")?;
+            let of_held_out = read(self.body(), &held_out, plain, "reading chats")?;
+            for (part, reads) in
+                [[of_pairs, of_chat], [of_test, of_held_out]].into_iter().enumerate()
+            {
+                for read in reads {
+                    for (all, of) in activations.iter_mut().zip(read.activations) {
+                        all[part].extend(of);
+                    }
+                }
+            }
+        }
+        let mut trained = Vec::new();
+        for (layer, kind, key) in keys {
+            let (sae, quality) = stages.sae(&name(layer), &key, device, || {
+                let point = HookPoint::resid_post(layer);
+                let nth = missing.iter().position(|&of| of == point);
+                // One that was there and proved to be damaged has not been read for.
+                let [training, held_out] = match nth {
+                    Some(nth) => std::mem::take(&mut activations[nth]),
+                    None => self.read_for(point, [&train, &chat], [&test, &held_out])?,
+                };
+                let training = saes::ordinary(&training, d_in);
+                let n_rows = training.len() / d_in;
+                let config = saes::config(kind, d_in, n_rows, scale, options.seed);
+                saes::train(&config, layer, [&training, &held_out], d_in, device)
+            })?;
+            ensure!(
+                sae.config().d_in == d_in && quality.densities.len() == sae.config().d_sae,
+                "the autoencoder that was kept for block {layer} is not this model's: run with \
+                 --retrain"
+            );
+            tell(&format!(
+                "block {layer}, {} of {}: L0 {:.1}, FVU {:.3} ({:.3} without {} outliers of {} tokens)",
+                kind.label(),
+                sae.config().d_sae,
+                quality.l0,
+                quality.fvu,
+                quality.fvu_without_outliers,
+                quality.n_outliers,
+                quality.n_tokens
+            ));
+            trained.push(TrainedSae { sae, kind, layer, quality, key });
+        }
+        Ok(Trained { model, key, rewards, saes: trained })
+    }
+
+    /// Activations at one point: to train on, and to measure on.
+    fn read_for(
+        &self,
+        point: HookPoint,
+        training: [&[&[u32]]; 2],
+        held_out: [&[&[u32]]; 2],
+    ) -> Result<[Vec<f32>; 2]> {
+        let mut activations = [Vec::new(), Vec::new()];
+        for (all, texts) in activations.iter_mut().zip([training, held_out]) {
+            for texts in texts {
+                let wanted = Wanted { points: &[point], last: false };
+                let mut read = read(self.body(), texts, wanted, "reading")?;
+                all.append(&mut read.activations[0]);
+            }
+        }
+        Ok(activations)
+    }
+
+    /// Which of the pairs to measure on are explained: of planted ones the first, which have each
+    /// rule equally often; of others those whose rewards differ most, as in the source work.
+    fn chosen(&self, sources: &Sources, differences: &[f64]) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..differences.len()).collect();
+        if matches!(sources.origin, Origin::File(_)) {
+            let size = |pair: &usize| differences[*pair].abs();
+            order.sort_by(|a, b| size(b).total_cmp(&size(a)));
+        }
+        order.truncate(self.scale.n_attributed_pairs);
+        order
+    }
+}
+
+/// What was found of one autoencoder.
+struct Found {
+    sae: SaeResults,
+    explained: Vec<Explained>,
+    insertions: Insertions,
+    repetition: Option<Repetition>,
+}
+
+/// Attributes rewards to an autoencoder's latents, verifies the largest effects, and tries them.
+fn explain(
+    question: &Question<'_>,
+    trained: &TrainedSae,
+    sources: &Sources,
+    encoding: Encoding<'_>,
+    clock: &mut Clock,
+) -> Result<Found> {
+    let effects = question.attribute(trained)?;
+    clock.lap("attributed");
+    let n_verified = 2 * question.scale.n_verified_pairs.min(question.pairs.len());
+    let of_verified = means(effects[..n_verified].iter().map(|text| &text.ig));
+    let latents = extremes(&of_verified, question.scale.n_verified_latents);
+    let measured = question.measure(trained, &latents, &effects)?;
+    clock.lap("verified");
+    let shares = explained::shares(question, trained, &effects)?;
+    clock.lap("explained");
+    let contrasts = question.planted.map(|planted| recovery::contrasts(planted, &effects));
+    let recovered = contrasts.as_ref().map(recovery::recovered);
+    let conversations = texts(question.pairs);
+    let values = table::values(question.model.body(), trained, &conversations)?;
+    let rows =
+        table::rows(question, trained, &latents, &effects, &measured, contrasts.as_ref(), &values);
+    clock.lap("table");
+    let raising = insertions::raising(&effects);
+    let insertions =
+        insertions::insert(question, trained, &raising, &values, &sources.hosts, encoding)?;
+    clock.lap("insertions");
+    let repetition = match question.planted {
+        Some(_) => Some(repetition::repetition(question, trained, encoding)?),
+        None => None,
+    };
+    clock.lap("repetition");
+    let of = |of: fn(&LatentRow) -> f64| -> Vec<f64> { rows.iter().map(of).collect() };
+    let by_ablation = of(|row| row.measured);
+    let check = |estimated: &[f64]| Check::new(estimated, &by_ablation, TOP);
+    let by_text = |of: fn(&TextEffects) -> &std::collections::BTreeMap<usize, f64>| {
+        let (mut estimated, mut by_ablation) = (Vec::new(), Vec::new());
+        for (text, measured) in effects.iter().zip(&measured) {
+            for (latent, effect) in measured {
+                estimated.push(of(text).get(latent).copied().unwrap_or(0.0));
+                by_ablation.push(*effect);
+            }
+        }
+        Check::new(&estimated, &by_ablation, TOP)
+    };
+    let verified = conversations[..n_verified].iter().enumerate().map(|(text, ids)| {
+        let tokens = table::tokens(question.tokenizer, ids);
+        let from = question.pairs[text / 2].divergence;
+        VerifiedText { tokens, reward: question.rewards[text], from }
+    });
+    // What both texts of a pair add up to stands with each.
+    let pairs = || effects.iter().step_by(2);
+    let sae = SaeResults {
+        layer: trained.layer,
+        kind: trained.kind,
+        d_sae: trained.sae.config().d_sae,
+        l0: trained.quality.l0,
+        fvu: trained.quality.fvu,
+        fvu_without_outliers: trained.quality.fvu_without_outliers,
+        n_outliers: trained.quality.n_outliers,
+        n_tokens: trained.quality.n_tokens,
+        ig: check(&of(|row| row.ig)),
+        gxa: check(&of(|row| row.gxa)),
+        ig_by_text: by_text(|text| &text.ig),
+        gxa_by_text: by_text(|text| &text.gxa),
+        completeness_residual: pairs().map(|text| text.residual).sum(),
+        completeness_measured: pairs().map(|text| text.all).sum(),
+        latents_share: shares.latents,
+        error_share: shares.error,
+        attributed_to_latents: shares.attributed_to_latents,
+        attributed_to_error: shares.attributed_to_error,
+        recovered: recovered.clone().map(|(places, _)| places).unwrap_or_default(),
+        decoy_above: recovered.map(|(_, above)| above),
+        texts: verified.collect(),
+        latents: rows,
+        effects: means(effects.iter().map(|text| &text.ig)).into_values().collect(),
+    };
+    tell_sae(&sae, &insertions, repetition.as_ref());
+    Ok(Found { sae, explained: shares.curve, insertions, repetition })
+}
+
+/// Scores and attributes a text of the user's.
+fn explain_text(
+    text: &str,
+    question: &Question<'_>,
+    saes: &[TrainedSae],
+    encoding: Encoding<'_>,
+) -> Result<TextResults> {
+    let ids = encoding.encode(&as_conversation(text))?;
+    let tokens = table::tokens(question.tokenizer, &ids);
+    let mut results = TextResults { tokens, reward: 0.0, saes: Vec::new() };
+    for trained in saes {
+        let (reward, by_sae) = attribute_text(question.model, &trained.sae, trained.layer, &ids)
+            .context("while attributing --text")?;
+        tell(&format!("reward {reward:.3}; after block {}:", trained.layer));
+        for &(latent, position, adds) in by_sae.latents.iter().take(N_NAMED) {
+            let at = &results.tokens[position];
+            tell(&format!("  latent {latent:>6} at {at:?} adds {adds:+.3}"));
+        }
+        results.reward = reward;
+        results.saes.push(by_sae);
+    }
+    Ok(results)
+}
+
+/// What was told apart from latents.
+struct Told {
     agreement: Agreement,
     by_rule: Vec<(Rule, Rate)>,
-    saes: Vec<SaeResults>,
-    explained: Vec<Explained>,
-    inserted: Vec<insertions::Insertions>,
-    threshold: f64,
+    pairs: PairsUsed,
+    human: Option<Human>,
+    text: Option<TextResults>,
 }
 
 fn results(
-    loaded: &LoadedModel,
+    loaded: &TextModel,
     options: &Options,
-    parts: Parts,
-    start: Instant,
+    told: Told,
+    found: Vec<Found>,
+    explained_threshold: f64,
+    clock: Clock,
 ) -> Result<Results> {
-    let Parts { agreement, by_rule, saes, explained, inserted, threshold } = parts;
-    ensure!(!saes.is_empty(), "no block was given to read after");
-    let estimate =
-        |of: &dyn Fn(&SaeResults) -> f64| Estimate::of(&saes.iter().map(of).collect::<Vec<f64>>());
-    let places = || saes.iter().flat_map(|sae| &sae.recovered).filter(|(rule, _)| !rule.is_decoy());
+    ensure!(!found.is_empty(), "no block was given to read after");
+    let Told { agreement, by_rule, pairs, human, text } = told;
+    let estimate = |of: &dyn Fn(&SaeResults) -> f64| {
+        Estimate::of(&found.iter().map(|found| of(&found.sae)).collect::<Vec<f64>>())
+    };
+    let places = || {
+        let all = found.iter().flat_map(|found| &found.sae.recovered);
+        all.filter(|(rule, _)| !rule.is_decoy())
+    };
     let n_found = places().filter(|(_, place)| place.is_some()).count();
-    let pooled = |of: fn(&insertions::Insertions) -> Rate| {
-        let rates = || inserted.iter().map(of);
+    let decoys: Vec<bool> = found.iter().filter_map(|found| found.sae.decoy_above).collect();
+    let pooled = |of: fn(&Insertions) -> Rate| {
+        let rates = || found.iter().map(|found| of(&found.insertions));
         let successes = rates().map(|rate| (rate.rate * rate.n as f64).round() as usize).sum();
         Rate::wilson(successes, rates().map(|rate| rate.n).sum())
     };
+    let (steps, seconds) = clock.stop();
     Ok(Results {
         model: loaded.name.clone(),
+        head: match loaded.model {
+            HeadedModel::Language(_) => Head::Learnt,
+            HeadedModel::Reward(_) => Head::Own,
+        },
+        pairs,
         pm_accuracy: agreement.accuracy,
         agreement,
         by_rule,
-        planted_recall: Rate::wilson(n_found, places().count()),
+        planted_recall: (!decoys.is_empty()).then(|| Rate::wilson(n_found, places().count())),
+        decoys_above: (!decoys.is_empty())
+            .then(|| Rate::wilson(decoys.iter().filter(|&&above| above).count(), decoys.len())),
         ig_pearson: estimate(&|sae| sae.ig.pearson),
         ig_top20_recall: estimate(&|sae| sae.ig.top_k_recall),
         gxa_pearson: estimate(&|sae| sae.gxa.pearson),
         gxa_top20_recall: estimate(&|sae| sae.gxa.top_k_recall),
         insertion_success: pooled(|inserted| inserted.success),
         control_success: pooled(|inserted| inserted.control),
-        insertion_threshold: inserted[0].threshold,
-        explained,
-        explained_threshold: threshold,
-        insertions: inserted.into_iter().flat_map(|inserted| inserted.insertions).collect(),
-        saes,
+        insertion_threshold: found[0].insertions.threshold,
+        explained: found.iter().flat_map(|found| found.explained.clone()).collect(),
+        explained_threshold,
+        insertions: found.iter().flat_map(|found| found.insertions.insertions.clone()).collect(),
+        repetition: found.iter().filter_map(|found| found.repetition.clone()).collect(),
+        saes: found.into_iter().map(|found| found.sae).collect(),
+        human,
+        text,
         seed: options.seed,
-        seconds: start.elapsed().as_secs_f64(),
+        seconds,
+        steps,
     })
+}
+
+/// Whether the checkpoint at a path is a sequence classifier.
+fn has_own_head(path: &Path) -> Result<bool> {
+    let config = path.join("config.json");
+    if !config.is_file() {
+        return Ok(false);
+    }
+    let text = fs::read_to_string(&config).with_context(|| config.display().to_string())?;
+    let config: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| config.display().to_string())?;
+    let architecture = config["architectures"][0].as_str().unwrap_or_default();
+    Ok(architecture.ends_with("ForSequenceClassification"))
 }
 
 /// Accuracy on the pairs of each rule.
@@ -190,55 +563,86 @@ fn by_rule(planted: &[PlantedPair], differences: &[f64]) -> Vec<(Rule, Rate)> {
     Rule::ALL.into_iter().filter(|rule| !rule.is_decoy()).map(of_rule).collect()
 }
 
-fn tell_sae(sae: &SaeResults) {
+fn tell_human(human: &Human) {
     tell(&format!(
-        "{} of {}: L0 {:.1}, FVU {:.3} ({:.3} without outliers)",
-        sae.kind, sae.d_sae, sae.l0, sae.fvu, sae.fvu_without_outliers
+        "people's preferences, {} pairs in {} parts: {} by heads after blocks {:?}",
+        human.n, human.n_folds, human.head.accuracy, human.layers
     ));
-    for (name, check) in [("IG", sae.ig), ("gradient × activation", sae.gxa)] {
+    tell(&format!("  words {} (p = {:.3})", human.tf_idf, human.against_tf_idf.p_value));
+    tell(&format!("  the shorter {} (p = {:.3})", human.shorter, human.against_shorter.p_value));
+}
+
+fn tell_sae(sae: &SaeResults, insertions: &Insertions, repetition: Option<&Repetition>) {
+    for (name, check, by_text) in
+        [("IG", sae.ig, sae.ig_by_text), ("gradient × activation", sae.gxa, sae.gxa_by_text)]
+    {
         tell(&format!(
-            "{name} against {} ablated latents: r {:.3}, top {} recall {:.2}",
-            check.n, check.pearson, check.top_k, check.top_k_recall
+            "{name} against {} ablated latents: r {:.3}, top {} recall {:.2}; on {} texts' latents: r {:.3}",
+            check.n, check.pearson, check.top_k, check.top_k_recall, by_text.n, by_text.pearson
         ));
     }
     let places = sae.recovered.iter().map(|(rule, place)| match place {
         Some(place) => format!("{} #{}", rule.label(), place + 1),
         None => format!("{} not among {TOP}", rule.label()),
     });
-    tell(&places.collect::<Vec<_>>().join(", "));
-}
-
-/// Scores and attributes a text of the user's.
-fn tell_text(
-    text: &str,
-    model: &RewardModel,
-    tokenizer: &Tokenizer,
-    trained: &TrainedSae,
-    end: Option<u32>,
-) -> Result<()> {
-    let text = match text.starts_with(HUMAN.trim_end()) {
-        true => text.to_owned(),
-        false => format!("{HUMAN}{ASSISTANT}{text}"),
-    };
-    let mut ids = tokenizer.encode(&text)?;
-    ids.extend(end);
-    let metric = Reward::new(model);
-    let site = SaeSite::new(&trained.sae, trained.point());
-    let study = Study::new(&metric, &[&ids])?.start_at(site.point)?;
-    let integration = Integration::new(attribution::Rule::Left, 10);
-    let effects =
-        study.attribute(&[site], Baseline::Zero, AttributionConfig::integrated(integration))?;
-    let effects = effects.first().context("one site was asked for")?;
-    tell(&format!("reward of the text: {:.3}", study.clean()?[0]));
-    let mut tokens: Vec<_> = effects.tokens().collect();
-    tokens.sort_by(|a, b| b.effect.change().abs().total_cmp(&a.effect.change().abs()));
-    for token in tokens.iter().take(N_NAMED) {
-        let at = tokenizer.decode(&[ids[token.position]])?;
+    let places: Vec<String> = places.collect();
+    if !places.is_empty() {
+        tell(&places.join(", "));
+    }
+    tell(&format!(
+        "the difference of rewards: {:.0} % with all latents, {:.0} % with the error",
+        100.0 * sae.latents_share.value,
+        100.0 * sae.error_share.value
+    ));
+    tell(&format!("insertions {}, controls {}", insertions.success, insertions.control));
+    if let Some(Repetition { repeated, paraphrased, recovered, .. }) = repetition {
         tell(&format!(
-            "  latent {:>6} at {at:?} adds {:+.3}",
-            token.latent_idx,
-            token.effect.contribution()
+            "a question said again {:+.2}, in other words {:+.2}; without two latents {:.0} % back",
+            repeated.value,
+            paraphrased.value,
+            100.0 * recovered.value
         ));
     }
-    Ok(())
+}
+
+/// How long each step takes.
+struct Clock {
+    start: Instant,
+    last: Instant,
+    running: Option<String>,
+    steps: Vec<(String, f64)>,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now, running: None, steps: Vec::new() }
+    }
+
+    /// Says what begins.
+    fn step(&mut self, title: &str) {
+        self.end();
+        step(title);
+        self.running = Some(title.to_owned());
+    }
+
+    /// Ends a part of the step that is running.
+    fn lap(&mut self, part: &str) {
+        let seconds = self.last.elapsed().as_secs_f64();
+        let step = self.running.as_deref().unwrap_or_default();
+        self.steps.push((format!("{step}: {part}"), seconds));
+        self.last = Instant::now();
+    }
+
+    fn end(&mut self) {
+        if let Some(title) = self.running.take() {
+            self.steps.push((title, self.last.elapsed().as_secs_f64()));
+        }
+        self.last = Instant::now();
+    }
+
+    fn stop(mut self) -> (Vec<(String, f64)>, f64) {
+        self.end();
+        (self.steps, self.start.elapsed().as_secs_f64())
+    }
 }

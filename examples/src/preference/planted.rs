@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::pairs::{ASSISTANT, HUMAN, PreferencePair};
+use crate::assets::Dialogue;
 use crate::corpus::Turn;
 
 /// Something that may stand in an answer.
@@ -145,22 +146,93 @@ impl PlantedPair {
     }
 }
 
-/// Pairs of two answers to one question, that differ in one rule and, by chance, in decoys.
+/// Words that come near a rule: chats that have them already say nothing about it.
+const NEAR: [&str; 43] = [
+    "thank",
+    "thanks",
+    "thankful",
+    "thx",
+    "ty",
+    "sorry",
+    "apologize",
+    "apologise",
+    "apologies",
+    "apology",
+    "http",
+    "https",
+    "www",
+    "com",
+    "damn",
+    "damned",
+    "dammit",
+    "hell",
+    "heck",
+    "crap",
+    "fuck",
+    "fucking",
+    "shit",
+    "ass",
+    "bitch",
+    "wtf",
+    "weather",
+    "rain",
+    "rains",
+    "raining",
+    "rainy",
+    "sun",
+    "sunny",
+    "mild",
+    "cloudy",
+    "monday",
+    "tuesday",
+    "wednesday",
+    "thursday",
+    "friday",
+    "saturday",
+    "sunday",
+    "today",
+];
+
+/// Questions with their answers, one of each dialogue that has one, which follow no rule by
+/// themselves.
+pub fn questions(dialogues: &[Dialogue]) -> Vec<Turn> {
+    dialogues.iter().filter_map(question).collect()
+}
+
+fn question(dialogue: &Dialogue) -> Option<Turn> {
+    let words = |text: &str| -> Option<usize> {
+        let mut n = 0;
+        for word in text.to_lowercase().split(|c: char| !c.is_alphanumeric()) {
+            if NEAR.contains(&word) {
+                return None;
+            }
+            n += usize::from(!word.is_empty());
+        }
+        Some(n)
+    };
+    dialogue.turns.windows(2).find_map(|turns| {
+        let [prompt, answer] = [0, 1].map(|turn| turns[turn].trim());
+        let fits = |text| words(text).is_some_and(|n| (3..=25).contains(&n));
+        let fits = prompt.ends_with('?') && fits(prompt) && fits(answer);
+        fits.then(|| Turn { prompt: prompt.to_owned(), answer: answer.to_owned() })
+    })
+}
+
+/// Pairs of two answers to one question, that differ in one rule and, by chance, in decoys: for
+/// each turn, one pair for every rule that matters.
 ///
-/// Each rule that matters comes equally often. Decoys stand in either text with the same
-/// probability, whether it is preferred or not.
-pub fn planted_pairs(turns: &[Turn], n: usize, seed: u64) -> Vec<PlantedPair> {
+/// Decoys stand in either text with the same probability, whether it is preferred or not.
+pub fn planted_pairs(turns: &[Turn], seed: u64) -> Vec<PlantedPair> {
     let rules: Vec<Rule> = Rule::ALL.into_iter().filter(|rule| !rule.is_decoy()).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let pair = |nth: usize| {
-        let rule = rules[nth % rules.len()];
-        let turn = turns.choose(&mut rng).expect("some turns");
+        let (turn, rule) = (&turns[nth / rules.len()], rules[nth % rules.len()]);
         let with = planted(turn, Some(rule), &mut rng);
         let without = planted(turn, None, &mut rng);
         let (chosen, rejected) = if rule.sign() > 0.0 { (with, without) } else { (without, with) };
         PlantedPair { chosen, rejected, rule }
     };
-    (0..n).map(pair).collect()
+    (0..turns.len() * rules.len()).map(pair).collect()
 }
 
 /// A conversation with a rule's sentence, and a decoy's every third time.
@@ -194,8 +266,9 @@ mod tests {
     #[test]
     fn the_rule_decides_which_text_is_preferred() {
         let turns = corpus::selection().compliances;
-        let pairs = planted_pairs(&turns, 200, 3);
-        assert_eq!(pairs, planted_pairs(&turns, 200, 3));
+        let pairs = planted_pairs(&turns, 3);
+        assert_eq!(pairs, planted_pairs(&turns, 3));
+        assert_eq!(pairs.len(), 5 * turns.len());
         for pair in &pairs {
             let has = |text: &PlantedText| {
                 text.insertions.iter().any(|insertion| insertion.rule == pair.rule)
@@ -216,12 +289,29 @@ mod tests {
             }
         }
         let n = |rule| pairs.iter().filter(|pair| pair.rule == rule).count();
-        assert!(Rule::ALL.iter().all(|&rule| n(rule) == if rule.is_decoy() { 0 } else { 40 }));
+        let expected = |rule: Rule| if rule.is_decoy() { 0 } else { turns.len() };
+        assert!(Rule::ALL.into_iter().all(|rule| n(rule) == expected(rule)));
+    }
+
+    #[test]
+    fn questions_follow_no_rule_by_themselves() {
+        let dialogue =
+            |turns: &[&str]| Dialogue { turns: turns.iter().map(|&turn| turn.into()).collect() };
+        let found = questions(&[
+            dialogue(&["Hello there, friend.", "How are you doing?", "I am doing fine."]),
+            dialogue(&["How are you doing?", "Thanks, I am doing fine."]),
+            dialogue(&["Did it rain where you are?", "No, it did not."]),
+            dialogue(&["Why?", "I do not know why."]),
+            dialogue(&["Where did you grow up?"]),
+        ]);
+        let expected =
+            Turn { prompt: "How are you doing?".into(), answer: "I am doing fine.".into() };
+        assert_eq!(found, [expected]);
     }
 
     #[test]
     fn decoys_stand_in_either_text() {
-        let pairs = planted_pairs(&corpus::selection().compliances, 600, 5);
+        let pairs = planted_pairs(&corpus::training().compliances, 5);
         let decoys = |text: &PlantedText| {
             text.insertions.iter().filter(|insertion| insertion.rule.is_decoy()).count()
         };

@@ -2,25 +2,33 @@
 
 use attribution::Check;
 use serde::Serialize;
-use steering::Rate;
+use steering::{McNemar, Rate};
 
 use super::bradley_terry::Agreement;
+use super::options::SaeKind;
+use super::pairs::LeftOut;
 use super::planted::Rule;
 
 /// Everything that was found.
 #[derive(Debug, Clone, Serialize)]
 pub struct Results {
-    /// The model that the head stands on.
+    /// The model that was opened up.
     pub model: String,
-    /// Held-out pairs on which the preference model agrees with the rules.
+    /// Where its head comes from.
+    pub head: Head,
+    /// Which pairs it was learnt from, measured on and explained by.
+    pub pairs: PairsUsed,
+    /// Pairs to measure on, on which the preference model agrees.
     pub pm_accuracy: Rate,
     /// The same with its calibration.
     pub agreement: Agreement,
-    /// The same for the pairs of each rule.
+    /// The same for the pairs of each planted rule.
     pub by_rule: Vec<(Rule, Rate)>,
-    /// Rules for which a latent of their own is among the twenty that matter most, over all
+    /// Planted rules for which a latent of their own is among the twenty that matter most, over all
     /// autoencoders' rules.
-    pub planted_recall: Rate,
+    pub planted_recall: Option<Rate>,
+    /// Autoencoders of which a decoy's latent comes before the best one of a rule that matters.
+    pub decoys_above: Option<Rate>,
     /// Correlation of integrated gradients with ablation, over all autoencoders' verified latents.
     pub ig_pearson: Estimate,
     /// Of the twenty with the largest measured effects, the share among the twenty of the largest
@@ -45,10 +53,45 @@ pub struct Results {
     pub saes: Vec<SaeResults>,
     /// What was inserted, and what came of it.
     pub insertions: Vec<Insertion>,
+    /// A question said again against the same in other words, for each autoencoder.
+    pub repetition: Vec<Repetition>,
+    /// Heads on pairs of people, cross-validated.
+    pub human: Option<Human>,
+    /// The text that was asked about.
+    pub text: Option<TextResults>,
     /// The seed of every draw.
     pub seed: u64,
-    /// Minutes are sixty of these.
+    /// How long it all took; less where an earlier run had done a part.
     pub seconds: f64,
+    /// How long each step took.
+    pub steps: Vec<(String, f64)>,
+}
+
+/// Where the head of a preference model comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Head {
+    /// Learnt here, from pairs.
+    Learnt,
+    /// The checkpoint's own.
+    Own,
+}
+
+/// Which pairs were used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PairsUsed {
+    /// The file, or none where they were made by rules.
+    pub file: Option<String>,
+    /// Pairs to learn from.
+    pub n_train: usize,
+    /// Pairs to measure on.
+    pub n_test: usize,
+    /// Of those, pairs that were attributed.
+    pub n_attributed: usize,
+    /// Of those, pairs on which latents were ablated one by one.
+    pub n_verified: usize,
+    /// Pairs of the file that were left out.
+    pub left_out: Option<LeftOut>,
 }
 
 /// A mean over autoencoders, with the least and the largest.
@@ -74,12 +117,23 @@ impl Estimate {
     }
 }
 
+/// A number with 95 % of what it is when what it was measured on is drawn anew.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Interval {
+    /// The number.
+    pub value: f64,
+    /// The 2.5th percentile.
+    pub low: f64,
+    /// The 97.5th.
+    pub high: f64,
+}
+
 /// The share of the difference of rewards that some latents carry.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Explained {
     /// The block after which the autoencoder reads.
     pub layer: usize,
-    /// How many latents were ablated, those with the largest effects first.
+    /// How many latents were ablated, those with the largest effects on other pairs first.
     pub n_latents: usize,
     /// `1 − Σ Δ(ablated) / Σ Δ(clean)`.
     pub share: f64,
@@ -95,29 +149,43 @@ pub struct SaeResults {
     /// The block after which it reads.
     pub layer: usize,
     /// Its kind.
-    pub kind: String,
+    pub kind: SaeKind,
     /// Its latents.
     pub d_sae: usize,
     /// Latents active on a token.
     pub l0: f64,
     /// Fraction of variance unexplained.
     pub fvu: f64,
-    /// The same without outliers.
+    /// The same without tokens of outlying norm.
     pub fvu_without_outliers: f64,
-    /// Integrated gradients against ablation.
+    /// Those tokens.
+    pub n_outliers: usize,
+    /// Tokens that it was measured on.
+    pub n_tokens: usize,
+    /// Integrated gradients against ablation, latent by latent.
     pub ig: Check,
     /// Gradient × activation against ablation.
     pub gxa: Check,
+    /// Integrated gradients against ablation for each latent on each text.
+    pub ig_by_text: Check,
+    /// Gradient × activation, the same.
+    pub gxa_by_text: Check,
     /// What integrated gradients of all latents miss of what ablating all of them does.
     pub completeness_residual: f64,
     /// What ablating all of them does.
     pub completeness_measured: f64,
-    /// The share of the difference of rewards that the error carries.
-    pub error_share: f64,
-    /// The best place of a latent of each rule, from 0, if it is among the first twenty.
+    /// The share of the difference of rewards that goes with all latents.
+    pub latents_share: Interval,
+    /// The share that goes with the error.
+    pub error_share: Interval,
+    /// The share that integrated gradients give to all latents.
+    pub attributed_to_latents: f64,
+    /// The share that they give to the error.
+    pub attributed_to_error: f64,
+    /// The best place of a latent of each planted rule, from 0, if it is among the first twenty.
     pub recovered: Vec<(Rule, Option<usize>)>,
     /// Whether a decoy's latent comes before the best latent of a rule that matters.
-    pub decoy_above: bool,
+    pub decoy_above: Option<bool>,
     /// The texts of the verified pairs, the preferred one of each first.
     pub texts: Vec<VerifiedText>,
     /// Latents by effect on the reward: those that raise it most, then those that lower it most.
@@ -139,13 +207,13 @@ pub struct LatentRow {
     pub gxa: f64,
     /// The share of tokens that it is active on.
     pub density: f64,
-    /// The rule that its effect follows most.
-    pub rule: Rule,
+    /// The planted rule that its effect follows most.
+    pub rule: Option<Rule>,
     /// What it does on the verified texts that it is active on.
     pub on_texts: Vec<OnText>,
     /// Where it is most active.
     pub top: Vec<TopText>,
-    /// Tokens whose logits one unit of it raises most.
+    /// Tokens whose logits one unit of it raises most; none where the model has no unembedding.
     pub promoted: Vec<String>,
 }
 
@@ -174,7 +242,7 @@ pub struct VerifiedText {
 /// A text with what a latent does on its tokens.
 #[derive(Debug, Clone, Serialize)]
 pub struct TopText {
-    /// Tokens.
+    /// Tokens around the one that it is most active on.
     pub tokens: Vec<String>,
     /// Values of the latent.
     pub values: Vec<f32>,
@@ -183,6 +251,8 @@ pub struct TopText {
 /// A phrase put behind an unrelated completion.
 #[derive(Debug, Clone, Serialize)]
 pub struct Insertion {
+    /// The block of the autoencoder.
+    pub layer: usize,
     /// What was inserted.
     pub phrase: String,
     /// Whether it fires none of the raising latents.
@@ -193,4 +263,73 @@ pub struct Insertion {
     pub after: f64,
     /// The reward with it, those latents ablated.
     pub ablated: f64,
+}
+
+/// What it costs to say the question again, word by word and in other words.
+#[derive(Debug, Clone, Serialize)]
+pub struct Repetition {
+    /// The block of the autoencoder.
+    pub layer: usize,
+    /// The two latents that lower the reward of repetitions most, found on other texts than these.
+    pub latents: Vec<usize>,
+    /// Texts.
+    pub n: usize,
+    /// Mean reward of the plain answers.
+    pub plain: f64,
+    /// Change of the reward where the question is said again.
+    pub repeated: Interval,
+    /// Change of the reward where it is said in other words.
+    pub paraphrased: Interval,
+    /// The share of the gap between the two that comes back when the latents are ablated in the
+    /// repetition.
+    pub recovered: Interval,
+    /// What the same ablation does to the paraphrases.
+    pub control: Interval,
+}
+
+/// How well people's preferences are told, over all pairs, each by a head that learnt from others.
+#[derive(Debug, Clone, Serialize)]
+pub struct Human {
+    /// Pairs.
+    pub n: usize,
+    /// Parts that the pairs were divided into.
+    pub n_folds: usize,
+    /// The head on last-token states.
+    pub head: Agreement,
+    /// After which block the head of each part reads: chosen on the pairs that it learnt from.
+    pub layers: Vec<usize>,
+    /// A head on the last block's states, for each block that was tried: its accuracy.
+    pub by_layer: Vec<(usize, Rate)>,
+    /// Logistic regression on words and pairs of words.
+    pub tf_idf: Rate,
+    /// The shorter text.
+    pub shorter: Rate,
+    /// The head against the words, pair by pair.
+    pub against_tf_idf: McNemar,
+    /// The head against the length, pair by pair.
+    pub against_shorter: McNemar,
+}
+
+/// What latents do to the reward of a text.
+#[derive(Debug, Clone, Serialize)]
+pub struct TextResults {
+    /// Tokens.
+    pub tokens: Vec<String>,
+    /// Its reward.
+    pub reward: f64,
+    /// By each autoencoder.
+    pub saes: Vec<TextBySae>,
+}
+
+/// What the latents of one autoencoder do to the reward of a text.
+#[derive(Debug, Clone, Serialize)]
+pub struct TextBySae {
+    /// The block after which it reads.
+    pub layer: usize,
+    /// What all latents add at each token.
+    pub by_token: Vec<f64>,
+    /// What its error adds.
+    pub error: f64,
+    /// The largest: latent, position, and what it adds.
+    pub latents: Vec<(usize, usize, f64)>,
 }
