@@ -249,10 +249,8 @@ mod tests {
                 .map(|of| of.iter().map(|row| row.iter().map(|x| -x).collect()).collect())
                 .collect(),
         };
-        let (told, back) = (
-            told(&states, &human, 1, 0.1, &[0], 0),
-            super::told(&swapped, &human, 1, 0.1, &[0], 0),
-        );
+        let (told, back) =
+            (told(&states, &human, 1, 0.1, &[0], 0), told(&swapped, &human, 1, 0.1, &[0], 0));
         for (a, b) in told.iter().zip(&back) {
             // Preferred the other way round, the head is turned: what it tells stays.
             assert!((a.1 - b.1).abs() < 1e-9, "{a:?} {b:?}");
