@@ -12,8 +12,9 @@ use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
-    adam_step, attention, dot_rows, fit_residual, gated, layer_norm, linear, nonlinear, rms_norm,
-    rotary, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows, sparse_sum, top_k,
+    adam_step, attention, dot_rows, fit_residual, gated, layer_norm, linear, nonlinear,
+    project_rows, rms_norm, rotary, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows,
+    sparse_sum, top_k,
 };
 
 /// Activations of a training step.

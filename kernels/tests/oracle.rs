@@ -601,7 +601,7 @@ fn a_pre_activation_that_is_nan_is_none_of_those_kept() {
     for device in [device(), plain_device()] {
         for select in selections {
             let x = noise([n, d], 1, &device).slice_fill([2..3, 0..2], f32::NAN);
-            let bias = noise::<1>([m], 3, &device).slice_fill([4..5], f32::NAN);
+            let bias = noise::<1>([m], 3, &device).slice_fill(4..5, f32::NAN);
             let (w, by) = (noise([d, m], 2, &device), Tensor::ones([m], &device));
             let (values, indices) = kernels::sparse_encode(x, w, bias, by * 0.01, select);
             let [_, k] = values.dims();

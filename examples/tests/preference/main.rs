@@ -1,5 +1,7 @@
 //! The program `preference` on tiny models: whole, killed, and its page in a real browser.
 
+#![expect(clippy::print_stderr, reason = "what is skipped is said aloud")]
+
 mod browser;
 
 use std::fs;
