@@ -17,17 +17,7 @@ fn model(folder: &Path, name: &str) -> PathBuf {
     for file in ["config.json", "model.safetensors"] {
         fs::copy(goldens::own(&format!("models/{name}")).join(file), to.join(file)).unwrap();
     }
-    let vocab: serde_json::Map<String, Value> =
-        (0..95u8).map(|byte| (char::from(byte + 32).to_string(), json!(byte + 4))).collect();
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": null, "post_processor": null,
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "BPE", "dropout": null, "unk_token": null,
-            "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
-            "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": []},
-    });
-    fs::write(to.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    goldens::checkpoint::write_ascii_tokenizer(&to).unwrap();
     to
 }
 

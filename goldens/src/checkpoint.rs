@@ -25,6 +25,25 @@ pub fn tensors(config: &Value) -> Result<Vec<NamedShape>, String> {
     }
 }
 
+/// Writes a `tokenizer.json` of printable ASCII, a token a letter, behind four special ids: for any
+/// checkpoint with a vocabulary of at least 99.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_ascii_tokenizer(folder: &Path) -> io::Result<()> {
+    let letter = |byte: u8| (char::from(byte + 32).to_string(), json!(byte + 4));
+    let vocab: Map<String, Value> = (0..95).map(letter).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null,
+            "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
+            "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": []},
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string())
+}
+
 struct Fields<'a>(&'a Value);
 
 impl Fields<'_> {

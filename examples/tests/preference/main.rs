@@ -15,21 +15,6 @@ use examples::preference::classifier;
 use goldens::checkpoint;
 use serde_json::{Value, json};
 
-/// A tokenizer of printable ASCII, for the vocabulary of the goldens.
-fn write_tokenizer(folder: &Path) {
-    let vocab: serde_json::Map<String, Value> =
-        (0..95u8).map(|byte| (char::from(byte + 32).to_string(), json!(byte + 4))).collect();
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": null, "post_processor": null,
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "BPE", "dropout": null, "unk_token": null,
-            "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
-            "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": []},
-    });
-    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-}
-
 /// A model of the goldens that reads letters, with a longer context.
 fn model(folder: &Path, name: &str) -> PathBuf {
     let (from, to) = (goldens::own(&format!("models/{name}")), folder.join(name));
@@ -39,7 +24,7 @@ fn model(folder: &Path, name: &str) -> PathBuf {
     let mut config: Value = serde_json::from_str(&config).unwrap();
     config["max_position_embeddings"] = json!(512);
     fs::write(to.join("config.json"), config.to_string()).unwrap();
-    write_tokenizer(&to);
+    checkpoint::write_ascii_tokenizer(&to).unwrap();
     to
 }
 
@@ -277,7 +262,7 @@ fn the_preset_of_the_source_work_runs_end_to_end() {
     let (causal, reward) = (folder.join("causal"), folder.join("reward"));
     fs::create_dir_all(&causal).unwrap();
     checkpoint::write(&causal, &config, 5).unwrap();
-    write_tokenizer(&causal);
+    checkpoint::write_ascii_tokenizer(&causal).unwrap();
     let head: Vec<f32> = (0..48).map(|i| (i as f32 * 0.7).sin()).collect();
     classifier::save(&causal, &head, &reward).unwrap();
     let words = ["--preset", "gptj-pm", "--quick", "--n-chats", "8", "--n-explained", "3"];
