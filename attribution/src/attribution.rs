@@ -23,6 +23,13 @@ pub struct AttributionConfig {
     pub integration: Integration,
     /// What goes that way.
     pub path: Path,
+    /// In how many groups the latents go, each group by itself from the clean run; at least one.
+    /// Latents of one group are as many apart.
+    ///
+    /// All together, as in Marks et al. (2024), they leave the model with nothing to work on, and
+    /// gradients there say little about a latent that goes alone, as ablation has it: the more
+    /// groups, the nearer to that, each at the price of all steps.
+    pub n_groups: usize,
     /// Which way gradients pass an SAE further up.
     pub error_gradient: ErrorGradient,
 }
@@ -51,6 +58,7 @@ impl AttributionConfig {
     pub const GRADIENT_TIMES_ACTIVATION: Self = Self {
         integration: Integration::GRADIENT_TIMES_ACTIVATION,
         path: Path::Latents,
+        n_groups: 1,
         error_gradient: ErrorGradient::Passes,
     };
 
@@ -82,7 +90,7 @@ pub struct SiteEffects {
 pub struct Completeness {
     /// The sum of the effects of what was moved.
     pub attributed: Effect,
-    /// What moving all of it at once does.
+    /// What moving all of it at once does, or each group of it by itself.
     pub measured: Effect,
 }
 
@@ -107,6 +115,23 @@ pub struct TokenEffect {
 }
 
 impl SiteEffects {
+    /// Together with the effects of other latents of the same SAE on the same texts.
+    fn plus(self, other: Self) -> Self {
+        let Self { point, latents, error, completeness, positions } = self;
+        let SparseLatents { indices, values, d_sae } = latents;
+        let both = completeness.zip(other.completeness).map(|(a, b)| Completeness {
+            attributed: a.attributed + b.attributed,
+            measured: a.measured + b.measured,
+        });
+        Self {
+            point,
+            latents: SparseLatents::new(indices, values + other.latents.values, d_sae),
+            error: error + other.error,
+            completeness: both,
+            positions,
+        }
+    }
+
     /// All effects that are not zero.
     pub fn tokens(&self) -> impl Iterator<Item = TokenEffect> {
         let n = self.positions.n_columns();
@@ -155,13 +180,14 @@ impl<M: Metric> Study<'_, M> {
     /// each conversation, of changing each to the baseline.
     ///
     /// Gradient × activation runs one backward pass for all sites. Integrated gradients run one for
-    /// each step of each site, moving one SAE at a time. Work on latents is O(active · d_in).
+    /// each step of each group of each site, moving one SAE at a time. Work on latents is
+    /// O(active · d_in).
     ///
     /// # Errors
     /// If an SAE does not fit its point, or a pass fails.
     ///
     /// # Panics
-    /// If two sites are at one point.
+    /// If two sites are at one point, or there are no groups.
     pub fn attribute(
         &self,
         sites: &[SaeSite<'_>],
@@ -178,24 +204,43 @@ impl<M: Metric> Study<'_, M> {
                 effects.push(self.effects(site.point, changes, gradient, None)?);
                 continue;
             }
-            let with_error = config.path == Path::LatentsAndError;
-            let way = changes.whole(with_error);
-            let mut mean = gradient.zeros_like();
-            for (alpha, weight) in config.integration.nodes() {
-                let gradient = if alpha == 0.0 {
-                    gradient.clone()
-                } else {
-                    let shift = (site.point, way.clone() * alpha);
-                    let mut there = self.gradients(sites, Some(shift), config.error_gradient)?;
-                    there.sites.swap_remove(site_idx).gradient
-                };
-                mean = mean + gradient * weight;
-            }
-            let moved = self.metric(&mut self.shift(site.point, way)?)?;
-            let measured = Effect::between(sum(moved), clean.metric);
-            effects.push(self.effects(site.point, changes, mean, Some((measured, with_error)))?);
+            let groups = (0..config.n_groups).map(|group| {
+                let part = changes.group(group, config.n_groups);
+                self.integrated(sites, site_idx, part, &clean, config)
+            });
+            let sum = groups.reduce(|sum, part| Ok(sum?.plus(part?)));
+            effects.push(sum.expect("no groups of latents")?);
         }
         Ok(effects)
+    }
+
+    /// The effects of some changes at one of the sites, which go their way by themselves.
+    fn integrated(
+        &self,
+        sites: &[SaeSite<'_>],
+        site_idx: usize,
+        changes: Changes,
+        clean: &Gradients,
+        config: AttributionConfig,
+    ) -> Result<SiteEffects, AttributionError> {
+        let point = sites[site_idx].point;
+        let with_error = config.path == Path::LatentsAndError;
+        let way = changes.whole(with_error);
+        let gradient = &clean.sites[site_idx].gradient;
+        let mut mean = gradient.zeros_like();
+        for (alpha, weight) in config.integration.nodes() {
+            let gradient = if alpha == 0.0 {
+                gradient.clone()
+            } else {
+                let shift = (point, way.clone() * alpha);
+                let mut there = self.gradients(sites, Some(shift), config.error_gradient)?;
+                there.sites.swap_remove(site_idx).gradient
+            };
+            mean = mean + gradient * weight;
+        }
+        let moved = self.metric(&mut self.shift(point, way)?)?;
+        let measured = Effect::between(sum(moved), clean.metric);
+        self.effects(point, changes, mean, Some((measured, with_error)))
     }
 
     /// `delta ⊙ gradient`, for latents and the error.

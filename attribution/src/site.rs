@@ -115,6 +115,18 @@ impl Changes {
         })
     }
 
+    /// Those of one group of latents, with its share of the error's.
+    pub(crate) fn group(&self, group: usize, n_groups: usize) -> Self {
+        let of_group = self.indices.clone().remainder_scalar(n_groups as i64);
+        let of_others = of_group.not_equal_elem(group as i64);
+        Self {
+            indices: self.indices.clone(),
+            deltas: self.deltas.clone().mask_fill(of_others, 0.0),
+            error_deltas: self.error_deltas.clone() / n_groups as f64,
+            directions: self.directions.clone(),
+        }
+    }
+
     /// What all latents' changes write together, and the error's if it goes along.
     ///
     /// # Shapes

@@ -168,6 +168,42 @@ fn integrated_gradients_add_up() {
 }
 
 #[test]
+fn latents_that_go_by_themselves_have_the_effects_of_their_ablation() {
+    let (model, sae) = (reward_model("llama_seqcls_reward"), sae(5));
+    let metric = Reward::new(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(0));
+    let study = Study::new(&metric, &ROWS).unwrap().start_at(site.point).unwrap();
+    let effects = |n_groups| {
+        let integrated = AttributionConfig::integrated(Integration::new(Rule::GaussLegendre, 8));
+        let config = AttributionConfig { n_groups, ..integrated };
+        study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0)
+    };
+    // What the estimates miss of the measured effects of single latents, in the mean.
+    let missed = |effects: &SiteEffects| {
+        let by_text = effects.by_conversation();
+        let cells: Vec<(usize, usize, f64)> = by_text
+            .iter()
+            .enumerate()
+            .flat_map(|(text, of)| of.iter().map(move |(&l, effect)| (text, l, effect.change())))
+            .collect();
+        let cuts: Vec<Cut> = cells.iter().map(|&(text, l, _)| Cut::latent(text, l)).collect();
+        let measured = study.measure_cuts(&site, Baseline::Zero, &cuts).unwrap();
+        let missed = cells.iter().zip(&measured).map(|(cell, m)| (cell.2 - m.change()).abs());
+        missed.sum::<f64>() / measured.iter().map(|m| m.change().abs()).sum::<f64>()
+    };
+    let [together, apart, alone] = [1, 4, sae.config().d_sae].map(effects);
+    assert!(missed(&alone) < 1e-2, "{}", missed(&alone));
+    let (apart_misses, together_misses) = (missed(&apart), missed(&together));
+    assert!(apart_misses < together_misses, "{apart_misses} and {together_misses}");
+    assert_eq!(together.by_latent().len(), alone.by_latent().len());
+    for effects in [&together, &apart, &alone] {
+        let completeness = effects.completeness.unwrap();
+        let whole = completeness.measured.change().abs();
+        close("residual", completeness.residual(), 0.0, 0.02 * whole + 1e-3);
+    }
+}
+
+#[test]
 fn one_left_step_is_gradient_times_activation() {
     let (model, sae) = (language_model(), sae(4));
     let metric = difference(&model);

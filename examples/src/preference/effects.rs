@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use attribution::{
-    AttributionConfig, Baseline, Cut, Effect, Integration, Reward, Rule, SaeSite, SiteEffects,
-    Study,
+    AttributionConfig, Baseline, Cut, Integration, Reward, Rule, SaeSite, SiteEffects, Study,
+    TokenEffect,
 };
 use model_hooks::text::Tokenizer;
 use model_hooks::{HookPoint, RewardModel};
+use rayon::prelude::*;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -19,8 +21,12 @@ use super::planted::PlantedPair;
 use super::saes::TrainedSae;
 use super::stages::{Fingerprint, Stages};
 
-/// Steps of integrated gradients.
-pub(super) const N_STEPS: usize = 10;
+/// Gradients are integrated over the ways of a fifth of the latents at a time, two steps each: ten
+/// passes as in the source work, where all latents go together, and nearer to what ablating one does.
+const N_GROUPS: usize = 5;
+const N_STEPS: usize = 2;
+/// Steps for all latents together.
+const N_STEPS_TOGETHER: usize = 10;
 /// Pairs that are kept together.
 const PAIRS_OF_A_STAGE: usize = 5;
 
@@ -50,12 +56,19 @@ pub(super) struct TextEffects {
     pub(super) ig: BTreeMap<usize, f64>,
     /// By gradient × activation.
     pub(super) gxa: BTreeMap<usize, f64>,
+    /// By integrated gradients of all latents together, as in the source work; of verified texts.
+    pub(super) together: BTreeMap<usize, f64>,
+    /// By integrated gradients, of each latent at each token but the last: latent, position, effect.
+    ///
+    /// What a text ends with is there whatever it says: latents that are active on it tell how good
+    /// the text was, not what was good about it.
+    pub(super) on_words: Vec<(usize, usize, f64)>,
     /// Of the error of the autoencoder, by integrated gradients.
     pub(super) error: f64,
-    /// What the effects by integrated gradients miss of what ablating all latents does, for both
-    /// texts of a pair together.
+    /// What the effects by integrated gradients miss of what ablating each group of latents does,
+    /// for both texts of a pair together.
     pub(super) residual: f64,
-    /// What that does.
+    /// What that does, added up.
     pub(super) all: f64,
 }
 
@@ -73,13 +86,13 @@ impl<'a> Question<'a> {
     }
 
     /// What `of_pair` gives for each pair, or gave before.
-    pub(super) fn by_pair<T: Serialize + serde::de::DeserializeOwned>(
+    pub(super) fn by_pair<T: Serialize + DeserializeOwned + Send>(
         &self,
         name: &str,
         trained: &TrainedSae,
         pairs: &[TokenPair],
         settings: serde_json::Value,
-        mut of_pair: impl FnMut(usize, &TokenPair) -> Result<T>,
+        of_pair: impl Fn(usize, &TokenPair) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
         let bar = crate::progress::bar("pairs", pairs.len() as u64);
         let mut all = Vec::with_capacity(pairs.len());
@@ -91,7 +104,8 @@ impl<'a> Question<'a> {
             }));
             let name = format!("block{}-{name}", trained.layer);
             let found: Vec<T> = self.stages.value(&name, &key, || {
-                let pairs = stage.iter().enumerate();
+                // A pair keeps one core busy: its texts are short.
+                let pairs = stage.par_iter().enumerate();
                 pairs
                     .map(|(at, pair)| {
                         let found = of_pair(first + at, pair)?;
@@ -111,10 +125,13 @@ impl<'a> Question<'a> {
     pub(super) fn attribute(&self, trained: &TrainedSae) -> Result<Vec<TextEffects>> {
         let metric = Reward::new(self.model);
         let site = SaeSite::new(&trained.sae, trained.point());
-        let settings = json!({"n_steps": N_STEPS});
-        let of_pair = |_: usize, pair: &TokenPair| -> Result<[TextEffects; 2]> {
+        let n_verified = self.scale.n_verified_pairs;
+        let settings = json!({
+            "steps": [N_GROUPS, N_STEPS, N_STEPS_TOGETHER], "n_verified": n_verified,
+        });
+        let of_pair = |nth: usize, pair: &TokenPair| -> Result<[TextEffects; 2]> {
             let study = Question::study(&metric, pair, site.point)?;
-            attributed(&study, &site).context("while attributing rewards")
+            attributed(&study, &site, nth < n_verified).context("while attributing rewards")
         };
         let pairs = self.by_pair("attributed", trained, self.pairs, settings, of_pair)?;
         Ok(pairs.into_iter().flatten().collect())
@@ -154,30 +171,57 @@ impl<'a> Question<'a> {
     }
 }
 
-/// Estimates for the two texts of a pair.
-fn attributed(study: &Study<'_, Reward<'_>>, site: &SaeSite<'_>) -> Result<[TextEffects; 2]> {
+/// How gradients are integrated.
+pub(super) fn integrated() -> AttributionConfig {
+    let integration = Integration::new(Rule::Midpoint, N_STEPS);
+    AttributionConfig { n_groups: N_GROUPS, ..AttributionConfig::integrated(integration) }
+}
+
+/// Estimates for the two texts of a pair, verified or not.
+fn attributed(
+    study: &Study<'_, Reward<'_>>,
+    site: &SaeSite<'_>,
+    is_verified: bool,
+) -> Result<[TextEffects; 2]> {
     let of = |config| -> Result<SiteEffects> {
         let mut effects = study.attribute(&[*site], Baseline::Zero, config)?;
         Ok(effects.swap_remove(0))
     };
     let changes = |effects: &SiteEffects| {
-        effects.by_conversation().into_iter().map(|of_text| {
+        effects.by_conversation().into_iter().map(|of_text| -> BTreeMap<usize, f64> {
             of_text.into_iter().map(|(latent, effect)| (latent, effect.change())).collect()
         })
     };
-    let integrated = of(AttributionConfig::integrated(Integration::new(Rule::Left, N_STEPS)))?;
+    let integrated = of(integrated())?;
     let plain = of(AttributionConfig::GRADIENT_TIMES_ACTIVATION)?;
+    let mut together = [BTreeMap::new(), BTreeMap::new()];
+    if is_verified {
+        let integration = Integration::new(Rule::Left, N_STEPS_TOGETHER);
+        let found = of(AttributionConfig::integrated(integration))?;
+        together.iter_mut().zip(changes(&found)).for_each(|(of_text, found)| *of_text = found);
+    }
     let complete = integrated.completeness.context("gradients were integrated")?;
     let errors = integrated.error_by_conversation();
-    let mut texts = changes(&integrated).zip(changes(&plain)).zip(errors).map(
-        |((ig, gxa), error): ((BTreeMap<_, _>, BTreeMap<_, _>), Effect)| TextEffects {
+    let mut on_words = [Vec::new(), Vec::new()];
+    for token in integrated.tokens() {
+        if token.position + 1 < study.conversations()[token.conversation].len() {
+            let TokenEffect { latent_idx, position, effect, .. } = token;
+            on_words[token.conversation].push((latent_idx, position, effect.change()));
+        }
+    }
+    let mut texts = changes(&integrated)
+        .zip(changes(&plain))
+        .zip(together.into_iter().zip(on_words))
+        .zip(errors)
+        .map(|(((ig, gxa), (together, on_words)), error)| TextEffects {
             ig,
             gxa,
+            together,
+            on_words,
             error: error.change(),
             residual: complete.residual(),
             all: complete.measured.change(),
-        },
-    );
+        });
     Ok([(); 2].map(|()| texts.next().expect("two texts")))
 }
 

@@ -15,6 +15,7 @@ mod options;
 mod page;
 pub mod pairs;
 pub mod planted;
+mod ranked;
 mod recovery;
 mod repetition;
 mod results;
@@ -49,6 +50,7 @@ use self::effects::{Question, TextEffects, extremes, means};
 use self::insertions::Insertions;
 use self::model::{Read, Wanted, read, texts};
 use self::planted::{PlantedPair, Rule};
+use self::ranked::Ranked;
 use self::recovery::TOP;
 use self::saes::TrainedSae;
 use self::sources::{Encoding, Origin, Sources, sources};
@@ -382,16 +384,19 @@ fn explain(
     clock.lap("verified");
     let shares = explained::shares(question, trained, &effects)?;
     clock.lap("explained");
-    let contrasts = question.planted.map(|planted| recovery::contrasts(planted, &effects));
-    let recovered = contrasts.as_ref().map(recovery::recovered);
+    let by_rule = question
+        .planted
+        .map(|planted| recovery::by_rule(planted, &effects, question.tokenizer))
+        .transpose()?;
+    let ranked = Ranked::new(&effects);
+    let recovered = by_rule.as_ref().map(|by_rule| recovery::recovered(by_rule, &ranked));
     let conversations = texts(question.pairs);
     let values = table::values(question.model.body(), trained, &conversations)?;
     let rows =
-        table::rows(question, trained, &latents, &effects, &measured, contrasts.as_ref(), &values);
+        table::rows(question, trained, &latents, &effects, &measured, by_rule.as_ref(), &values);
     clock.lap("table");
-    let raising = insertions::raising(&effects);
     let insertions =
-        insertions::insert(question, trained, &raising, &values, &sources.hosts, encoding)?;
+        insertions::insert(question, trained, &ranked.raising, &sources.hosts, encoding)?;
     clock.lap("insertions");
     let repetition = match question.planted {
         Some(_) => Some(repetition::repetition(question, trained, encoding)?),
@@ -428,6 +433,7 @@ fn explain(
         n_outliers: trained.quality.n_outliers,
         n_tokens: trained.quality.n_tokens,
         ig: check(&of(|row| row.ig)),
+        together: check(&of(|row| row.together)),
         gxa: check(&of(|row| row.gxa)),
         ig_by_text: by_text(|text| &text.ig),
         gxa_by_text: by_text(|text| &text.gxa),
@@ -520,6 +526,8 @@ fn results(
             .then(|| Rate::wilson(decoys.iter().filter(|&&above| above).count(), decoys.len())),
         ig_pearson: estimate(&|sae| sae.ig.pearson),
         ig_top20_recall: estimate(&|sae| sae.ig.top_k_recall),
+        together_pearson: estimate(&|sae| sae.together.pearson),
+        together_top20_recall: estimate(&|sae| sae.together.top_k_recall),
         gxa_pearson: estimate(&|sae| sae.gxa.pearson),
         gxa_top20_recall: estimate(&|sae| sae.gxa.top_k_recall),
         insertion_success: pooled(|inserted| inserted.success),
@@ -573,14 +581,20 @@ fn tell_human(human: &Human) {
 }
 
 fn tell_sae(sae: &SaeResults, insertions: &Insertions, repetition: Option<&Repetition>) {
-    for (name, check, by_text) in
-        [("IG", sae.ig, sae.ig_by_text), ("gradient × activation", sae.gxa, sae.gxa_by_text)]
-    {
+    for (name, check) in [
+        ("integrated gradients", sae.ig),
+        ("those of all latents together", sae.together),
+        ("gradient × activation", sae.gxa),
+    ] {
         tell(&format!(
-            "{name} against {} ablated latents: r {:.3}, top {} recall {:.2}; on {} texts' latents: r {:.3}",
-            check.n, check.pearson, check.top_k, check.top_k_recall, by_text.n, by_text.pearson
+            "{name} against {} ablated latents: r {:.3}, top {} recall {:.2}",
+            check.n, check.pearson, check.top_k, check.top_k_recall
         ));
     }
+    tell(&format!(
+        "on {} latents of single texts: r {:.3} and {:.3}",
+        sae.ig_by_text.n, sae.ig_by_text.pearson, sae.gxa_by_text.pearson
+    ));
     let places = sae.recovered.iter().map(|(rule, place)| match place {
         Some(place) => format!("{} #{}", rule.label(), place + 1),
         None => format!("{} not among {TOP}", rule.label()),

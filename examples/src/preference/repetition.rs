@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use attribution::{AttributionConfig, Baseline, Cut, Integration, Reward, Rule, SaeSite, Study};
+use attribution::{Baseline, Cut, Reward, SaeSite, Study, TokenEffect};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::effects::{N_STEPS, Question};
+use super::effects::{Question, integrated};
 use super::model::BATCH_TOKENS;
 use super::pairs::divergence;
 use super::results::{Interval, Repetition};
@@ -146,16 +146,21 @@ pub(super) fn repetition(
     let site = SaeSite::new(&trained.sae, trained.point());
     let (found_on, measured_on) = QUESTIONS.split_at(QUESTIONS.len() / 2);
     let texts = Texts::new(found_on, encoding)?;
-    let config = AttributionConfig::integrated(Integration::new(Rule::Left, N_STEPS));
     let lowering = |of: &[Vec<u32>]| -> Result<BTreeMap<usize, f64>> {
         let study = texts.study(&metric, of, &site)?;
-        let effects = study.attribute(&[site], Baseline::Zero, config);
+        let effects = study.attribute(&[site], Baseline::Zero, integrated());
         let effects = effects.context("while attributing repetitions")?.swap_remove(0);
-        let changes = effects.by_latent().into_iter();
-        Ok(changes.map(|(latent, effect)| (latent, effect.change())).collect())
+        let mut changes = BTreeMap::new();
+        // By what a text says, not by what it ends with, as everywhere.
+        let is_word = |token: &TokenEffect| token.position + 1 < of[token.conversation].len();
+        for token in effects.tokens().filter(is_word) {
+            *changes.entry(token.latent_idx).or_default() += token.effect.change();
+        }
+        Ok(changes)
     };
     // What lowers repetitions, and paraphrases less.
-    let (repeated, paraphrased) = (lowering(&texts.repeated)?, lowering(&texts.paraphrased)?);
+    let both = rayon::join(|| lowering(&texts.repeated), || lowering(&texts.paraphrased));
+    let (repeated, paraphrased) = (both.0?, both.1?);
     let more = |(&latent, effect): (&usize, &f64)| {
         (latent, effect - paraphrased.get(&latent).copied().unwrap_or(0.0))
     };

@@ -29,11 +29,16 @@ pub struct Results {
     pub planted_recall: Option<Rate>,
     /// Autoencoders of which a decoy's latent comes before the best one of a rule that matters.
     pub decoys_above: Option<Rate>,
-    /// Correlation of integrated gradients with ablation, over all autoencoders' verified latents.
+    /// Correlation of integrated gradients, over the ways of a fifth of the latents at a time, with
+    /// ablation: of each autoencoder's verified latents.
     pub ig_pearson: Estimate,
     /// Of the twenty with the largest measured effects, the share among the twenty of the largest
     /// integrated gradients.
     pub ig_top20_recall: Estimate,
+    /// As `ig_pearson`, where all latents go the way together.
+    pub together_pearson: Estimate,
+    /// As `ig_top20_recall`, where all latents go the way together.
+    pub together_top20_recall: Estimate,
     /// As `ig_pearson`, of gradient × activation.
     pub gxa_pearson: Estimate,
     /// As `ig_top20_recall`, of gradient × activation.
@@ -41,7 +46,7 @@ pub struct Results {
     /// Insertions of what fires raising latents that raise the reward of unrelated completions by
     /// more than `insertion_threshold`.
     pub insertion_success: Rate,
-    /// The same of what fires none of them.
+    /// The same of answers to other questions, those that fire them least.
     pub control_success: Rate,
     /// Half of the standard deviation of the rewards of those completions.
     pub insertion_threshold: f64,
@@ -164,15 +169,17 @@ pub struct SaeResults {
     pub n_tokens: usize,
     /// Integrated gradients against ablation, latent by latent.
     pub ig: Check,
+    /// The same where all latents go the way together, as in the source work.
+    pub together: Check,
     /// Gradient × activation against ablation.
     pub gxa: Check,
     /// Integrated gradients against ablation for each latent on each text.
     pub ig_by_text: Check,
     /// Gradient × activation, the same.
     pub gxa_by_text: Check,
-    /// What integrated gradients of all latents miss of what ablating all of them does.
+    /// What integrated gradients miss of what ablating each group of latents does.
     pub completeness_residual: f64,
-    /// What ablating all of them does.
+    /// What that does, added up.
     pub completeness_measured: f64,
     /// The share of the difference of rewards that goes with all latents.
     pub latents_share: Interval,
@@ -203,6 +210,8 @@ pub struct LatentRow {
     pub measured: f64,
     /// The same by integrated gradients.
     pub ig: f64,
+    /// The same where all latents go the way together.
+    pub together: f64,
     /// The same by gradient × activation.
     pub gxa: f64,
     /// The share of tokens that it is active on.
@@ -255,7 +264,7 @@ pub struct Insertion {
     pub layer: usize,
     /// What was inserted.
     pub phrase: String,
-    /// Whether it fires none of the raising latents.
+    /// Whether it is an answer to another question, that fires the raising latents least.
     pub is_control: bool,
     /// The reward without it.
     pub before: f64,

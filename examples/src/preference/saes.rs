@@ -19,8 +19,10 @@ use crate::progress::bar;
 
 /// High, because the run is short.
 const LEARNING_RATE: f64 = 1e-3;
-/// Activations of a step.
-const BATCH: usize = 1024;
+/// Higher yet: all latents of a Gated one are active at first, until their biases have sunk.
+const GATED_LEARNING_RATE: f64 = 7e-3;
+/// Activations of a step: few, for many steps.
+const BATCH: usize = 128;
 /// Latents active on a token, of a TopK.
 const K: usize = 32;
 /// The penalty on the gates of a Gated one, for activations of unit variance.
@@ -86,11 +88,12 @@ pub(super) fn config(
     scale: &Scale,
     seed: u64,
 ) -> TrainConfig {
-    let schedule = Schedule::new().with_learning_rate(LEARNING_RATE);
     let schedule = match kind {
-        SaeKind::TopK => schedule,
+        SaeKind::TopK => Schedule::new().with_learning_rate(LEARNING_RATE),
         // Latents die of a penalty that comes at once.
-        SaeKind::Gated => schedule.with_sparsity_warmup(0.1),
+        SaeKind::Gated => {
+            Schedule::new().with_learning_rate(GATED_LEARNING_RATE).with_sparsity_warmup(0.1)
+        }
     };
     TrainConfig::new(scale.expansion * d_in, kind.objective())
         .with_batch(BATCH.min(n_rows.max(1)))

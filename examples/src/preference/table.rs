@@ -9,7 +9,7 @@ use model_hooks::{LanguageModel, Positions};
 
 use super::effects::{Question, TextEffects, means};
 use super::model::{Wanted, read, texts};
-use super::recovery::{Contrasts, rule_of};
+use super::recovery::{ByRule, rule_of};
 use super::results::{LatentRow, OnText, TopText};
 use super::saes::TrainedSae;
 
@@ -58,13 +58,14 @@ pub(super) fn rows(
     latents: &[usize],
     effects: &[TextEffects],
     measured: &[BTreeMap<usize, f64>],
-    contrasts: Option<&Contrasts>,
+    by_rule: Option<&ByRule>,
     values: &[Values],
 ) -> Vec<LatentRow> {
     let conversations = texts(question.pairs);
     let of_verified = &effects[..measured.len()];
     let by_ablation = means(measured.iter());
     let ig = means(of_verified.iter().map(|text| &text.ig));
+    let together = means(of_verified.iter().map(|text| &text.together));
     let gxa = means(of_verified.iter().map(|text| &text.gxa));
     let promoted = promoted(question, trained, latents);
     let of = |means: &BTreeMap<usize, f64>, latent| means.get(&latent).copied().unwrap_or(0.0);
@@ -81,9 +82,10 @@ pub(super) fn rows(
                 latent,
                 measured: of(&by_ablation, latent),
                 ig: of(&ig, latent),
+                together: of(&together, latent),
                 gxa: of(&gxa, latent),
                 density: trained.quality.densities.get(latent).copied().unwrap_or(0.0),
-                rule: contrasts.and_then(|all| all.get(&latent)).map(|of| rule_of(of).0),
+                rule: by_rule.and_then(|all| all.get(&latent)).and_then(rule_of),
                 on_texts: measured.iter().enumerate().filter_map(on_text).collect(),
                 top: top_texts(question.tokenizer, values, latent, &conversations),
                 promoted,

@@ -1,11 +1,11 @@
 //! A text of the user's: its reward, and what latents do to it.
 
 use anyhow::{Context, Result};
-use attribution::{AttributionConfig, Baseline, Integration, Reward, Rule, SaeSite, Study};
+use attribution::{Baseline, Reward, SaeSite, Study};
 use model_hooks::{HookPoint, RewardModel};
 use sae_core::Sae;
 
-use super::effects::N_STEPS;
+use super::effects::integrated;
 use super::pairs::{ASSISTANT, HUMAN};
 use super::results::TextBySae;
 use super::sources::conversation;
@@ -36,8 +36,7 @@ pub fn attribute_text(
     let metric = Reward::new(model);
     let site = SaeSite::new(sae, HookPoint::resid_post(layer));
     let study = Study::new(&metric, &[ids])?.start_at(site.point)?;
-    let config = AttributionConfig::integrated(Integration::new(Rule::Left, N_STEPS));
-    let mut effects = study.attribute(&[site], Baseline::Zero, config)?;
+    let mut effects = study.attribute(&[site], Baseline::Zero, integrated())?;
     let effects = effects.pop().context("one site was asked for")?;
     let mut by_token = vec![0.0; ids.len()];
     let mut latents: Vec<(usize, usize, f64)> = Vec::new();

@@ -70,6 +70,12 @@ impl Asked {
             .flat_map(|set| set.prompts.iter().map(move |prompt| (set, prompt.as_str())))
     }
 
+    /// Sets of no more than so many of their prompts.
+    pub(super) fn at_most(&self, n: usize) -> Self {
+        let part = |set: &Set| Set { prompts: spread(set.prompts.clone(), n), ..set.clone() };
+        Self { sets: self.sets.iter().map(part).collect() }
+    }
+
     /// The first prompts of a kind, of the first set of that kind.
     pub(super) fn first(&self, kind: SetKind, n: usize) -> &[String] {
         let set = self.sets.iter().find(|set| set.kind == kind);

@@ -36,6 +36,8 @@ pub(super) struct Setup<'a> {
     pub(super) gate: &'a Gate,
     pub(super) six_shot: &'a [Turn],
     pub(super) asked: &'a Asked,
+    /// Of those, what is asked in the six-shot arm.
+    pub(super) asked_six_shot: &'a Asked,
     /// Whether the condition holds for each prompt asked.
     pub(super) fires: &'a [bool],
     pub(super) scale: &'a Scale,
@@ -116,15 +118,22 @@ fn always(treatment: Treatment) -> Treatment {
 }
 
 impl Setup<'_> {
+    fn asked(&self, arm: Arm) -> &Asked {
+        match arm {
+            Arm::ZeroShot => self.asked,
+            Arm::SixShot => self.asked_six_shot,
+        }
+    }
+
     fn steered(&self, treatment: Treatment) -> Result<Steered<'_>> {
         self.generator.steered(self.treatments.plan(treatment)?)
     }
 
     /// The answers of each treatment to all prompts, in order.
     fn answers(&self, all: &[Treatment]) -> Result<Vec<Vec<String>>> {
-        let prompts: Vec<&str> = self.asked.prompts().map(|(_, prompt)| prompt).collect();
-        let n_made = all.iter().filter(|t| t.condition == Condition::Always).count();
-        let bar = bar("answering", (n_made * prompts.len()) as u64);
+        let made = all.iter().filter(|treatment| treatment.condition == Condition::Always);
+        let n_made: usize = made.map(|made| self.asked(made.arm).prompts().count()).sum();
+        let bar = bar("answering", n_made as u64);
         let mut answered: Vec<(Treatment, Vec<String>)> = Vec::new();
         for &treatment in all {
             bar.set_message(format!("{} {}", treatment.method.label(), treatment.strength));
@@ -144,7 +153,8 @@ impl Setup<'_> {
                 Arm::ZeroShot => &[],
                 Arm::SixShot => self.six_shot,
             };
-            let conversations: Vec<_> = prompts.iter().map(|prompt| asked(shots, prompt)).collect();
+            let prompts = self.asked(treatment.arm).prompts();
+            let conversations: Vec<_> = prompts.map(|(_, prompt)| asked(shots, prompt)).collect();
             let steered = self.steered(treatment)?;
             let max_new_tokens = self.scale.max_new_tokens;
             let answers =
@@ -279,7 +289,7 @@ impl Setup<'_> {
                 outcome: judge.judge(prompt, &answer),
                 answer,
             };
-        self.asked.prompts().zip(answers).map(generation).collect()
+        self.asked(treatment.arm).prompts().zip(answers).map(generation).collect()
     }
 
     /// The rates of a treatment; what is measured otherwise is left out.

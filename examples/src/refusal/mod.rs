@@ -140,6 +140,7 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
         gate: &gate,
         six_shot: &training.six_shot,
         asked: &asked,
+        asked_six_shot: &asked.at_most(scale.n_six_shot_prompts),
         fires: &fires,
         scale: &scale,
     })?;

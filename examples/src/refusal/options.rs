@@ -96,6 +96,9 @@ pub struct Scale {
     pub n_test_prompts: usize,
     /// Prompts of each published set in the test.
     pub n_published_prompts: usize,
+    /// Of the prompts of each set, how many are asked in the six-shot arm, which shows which way
+    /// refusals move and not how much it costs.
+    pub n_six_shot_prompts: usize,
     /// Prompts of each kind to choose latents and strengths on.
     pub n_selection_prompts: usize,
     /// Requests of each kind that a condition is learnt from, of a published set.
@@ -207,6 +210,7 @@ impl Default for Scale {
             k: 32,
             n_test_prompts: 80,
             n_published_prompts: 60,
+            n_six_shot_prompts: 40,
             n_selection_prompts: 24,
             n_lessons: 300,
             n_contrasts: 500,
@@ -226,7 +230,7 @@ impl Default for Scale {
             strengths: vec![0.5, 1.0, 1.5, 2.0],
             bundle_strengths: vec![0.4, 0.6, 0.8, 1.0],
             mean_difference_strengths: vec![1.0, 2.0],
-            ablation_strengths: vec![0.0, 1.0],
+            ablation_strengths: vec![0.0, 0.5, 1.0],
         }
     }
 }
@@ -253,21 +257,21 @@ impl Scale {
             strengths: vec![1.0, 2.0],
             bundle_strengths: vec![0.4, 0.6],
             mean_difference_strengths: vec![2.0],
-            ablation_strengths: vec![0.0],
+            ablation_strengths: vec![1.0],
             ..Self::default()
         }
     }
 
-    /// The published sets, whole or as large as the claims need, with capability beside.
+    /// The published sets, whole or as large as the claims need, with capability beside. The
+    /// autoencoder is the default's.
     pub fn full() -> Self {
         Self {
-            training: TrainingScale { n_tokens: 1_000_000, ..Self::default().training },
-            n_published_prompts: 300,
+            n_published_prompts: 450,
+            n_six_shot_prompts: 100,
             n_selection_prompts: 40,
             n_lessons: 1_500,
             n_contrasts: 1_000,
             n_candidates: 48,
-            n_finalists: 16,
             n_trial_vectors: 512,
             max_new_tokens: 32,
             n_perplexity_tokens: 20_000,
@@ -277,10 +281,7 @@ impl Scale {
             n_problems: 50,
             problem_tokens: 160,
             n_dialogues: 100,
-            strengths: vec![0.5, 1.0, 1.5, 2.0, 3.0],
-            bundle_strengths: vec![0.2, 0.4, 0.6, 0.8, 1.0],
-            mean_difference_strengths: vec![0.5, 1.0, 1.5, 2.0],
-            ablation_strengths: vec![0.0, 0.5, 1.0],
+            mean_difference_strengths: vec![0.5, 1.0, 2.0],
             ..Self::default()
         }
     }
