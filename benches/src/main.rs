@@ -3,6 +3,7 @@
 
 #![expect(clippy::print_stdout, reason = "the measurements are what the program is for")]
 
+mod attributed;
 mod limits;
 mod memory;
 mod model;
@@ -24,6 +25,8 @@ struct Options {
 
 #[derive(Subcommand)]
 enum What {
+    /// Effects of all latents, by gradients.
+    Attribution(attributed::Options),
     /// Forward passes, decoding and gradients of a model.
     Model(model::Options),
     /// What a model takes in memory, by its config alone: its weights are drawn.
@@ -41,6 +44,7 @@ enum What {
 fn main() -> Result<()> {
     let options = Options::parse();
     examples::pool::on_the_pool(|| match options.what {
+        What::Attribution(options) => attributed::run(&options),
         What::Model(options) => model::run(&options),
         What::Memory(options) => memory::run(&options),
         What::SaeStep(options) => sae_step::run(&options),

@@ -73,7 +73,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// Latents that read and write random directions.
-fn sae(d_in: usize, d_sae: usize, activation: Activation, device: &Device) -> Result<Sae> {
+pub(crate) fn sae(
+    d_in: usize,
+    d_sae: usize,
+    activation: Activation,
+    device: &Device,
+) -> Result<Sae> {
     let row = |i: usize| random_direction(d_in, 1.0, i as u64, device).unsqueeze::<2>();
     let w_dec = Tensor::cat((0..d_sae).map(row).collect(), 0);
     let w_enc = Tensor::from_data(w_dec.clone().transpose().into_data(), device);

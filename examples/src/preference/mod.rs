@@ -379,7 +379,12 @@ fn explain(
     clock.lap("attributed");
     let n_verified = 2 * question.scale.n_verified_pairs.min(question.pairs.len());
     let of_verified = means(effects[..n_verified].iter().map(|text| &text.ig));
-    let latents = extremes(&of_verified, question.scale.n_verified_latents);
+    let ranked = Ranked::new(&effects);
+    let n_verified_latents = question.scale.n_verified_latents;
+    let mut latents = extremes(&of_verified, n_verified_latents);
+    latents.extend(ranked.first(n_verified_latents / 2).map(|of| of.latent));
+    latents.sort_unstable();
+    latents.dedup();
     let measured = question.measure(trained, &latents, &effects)?;
     clock.lap("verified");
     let shares = explained::shares(question, trained, &effects)?;
@@ -388,12 +393,11 @@ fn explain(
         .planted
         .map(|planted| recovery::by_rule(planted, &effects, question.tokenizer))
         .transpose()?;
-    let ranked = Ranked::new(&effects);
     let recovered = by_rule.as_ref().map(|by_rule| recovery::recovered(by_rule, &ranked));
     let conversations = texts(question.pairs);
     let values = table::values(question.model.body(), trained, &conversations)?;
-    let rows =
-        table::rows(question, trained, &latents, &effects, &measured, by_rule.as_ref(), &values);
+    let ranked_rules = (&ranked, by_rule.as_ref());
+    let rows = table::rows(question, trained, &latents, &effects, &measured, ranked_rules, &values);
     clock.lap("table");
     let insertions =
         insertions::insert(question, trained, &ranked.raising, &sources.hosts, encoding)?;

@@ -58,6 +58,7 @@ mod tests {
             together: -0.2,
             gxa: -0.3,
             density: 0.01,
+            adds: Some(0.5),
             rule: Some(Rule::Thanks),
             on_texts: vec![OnText { text: 0, effect: -1.0, values: vec![(0, 2.0)] }],
             top: vec![TopText { tokens: vec![HOSTILE.into()], values: vec![2.0] }],

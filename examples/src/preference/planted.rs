@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use rand::seq::IndexedRandom;
+use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -221,27 +221,38 @@ fn question(dialogue: &Dialogue) -> Option<Turn> {
 /// Pairs of two answers to one question, that differ in one rule and, by chance, in decoys: for
 /// each turn, one pair for every rule that matters.
 ///
-/// Decoys stand in either text with the same probability, whether it is preferred or not.
+/// Decoys are dealt: of six preferred texts each stands in one, and so of six of the others.
 pub fn planted_pairs(turns: &[Turn], seed: u64) -> Vec<PlantedPair> {
     let rules: Vec<Rule> = Rule::ALL.into_iter().filter(|rule| !rule.is_decoy()).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut decks = [Vec::new(), Vec::new()];
     let pair = |nth: usize| {
         let (turn, rule) = (&turns[nth / rules.len()], rules[nth % rules.len()]);
-        let with = planted(turn, Some(rule), &mut rng);
-        let without = planted(turn, None, &mut rng);
-        let (chosen, rejected) = if rule.sign() > 0.0 { (with, without) } else { (without, with) };
+        let is_followed = if rule.sign() > 0.0 { [true, false] } else { [false, true] };
+        let [chosen, rejected] = [0, 1].map(|side| {
+            let deck: &mut Vec<Option<Rule>> = &mut decks[side];
+            if deck.is_empty() {
+                deck.extend(DECK);
+                deck.shuffle(&mut rng);
+            }
+            let decoy = deck.pop().expect("it was filled");
+            planted(turn, Some(rule).filter(|_| is_followed[side]), decoy, &mut rng)
+        });
         PlantedPair { chosen, rejected, rule }
     };
     (0..turns.len() * rules.len()).map(pair).collect()
 }
 
-/// A conversation with a rule's sentence, and a decoy's every third time.
-fn planted(turn: &Turn, rule: Option<Rule>, rng: &mut ChaCha8Rng) -> PlantedText {
-    let decoy = match rng.random_range(0..6) {
-        0 => Some(Rule::Weather),
-        1 => Some(Rule::Weekday),
-        _ => None,
-    };
+/// What decoys are dealt out of.
+const DECK: [Option<Rule>; 6] = [Some(Rule::Weather), Some(Rule::Weekday), None, None, None, None];
+
+/// A conversation with the sentences of a rule and of a decoy.
+fn planted(
+    turn: &Turn,
+    rule: Option<Rule>,
+    decoy: Option<Rule>,
+    rng: &mut ChaCha8Rng,
+) -> PlantedText {
     let mut text = format!("{HUMAN}{}{ASSISTANT}", turn.prompt);
     let mut rules: Vec<Rule> = rule.into_iter().chain(decoy).collect();
     if rng.random_range(0..2) == 0 {
@@ -310,13 +321,13 @@ mod tests {
     }
 
     #[test]
-    fn decoys_stand_in_either_text() {
-        let pairs = planted_pairs(&corpus::training().compliances, 5);
-        let decoys = |text: &PlantedText| {
-            text.insertions.iter().filter(|insertion| insertion.rule.is_decoy()).count()
-        };
-        let chosen: usize = pairs.iter().map(|pair| decoys(&pair.chosen)).sum();
-        let rejected: usize = pairs.iter().map(|pair| decoys(&pair.rejected)).sum();
-        assert!(chosen > 150 && chosen.abs_diff(rejected) < 60, "{chosen} and {rejected}");
+    fn decoys_stand_in_either_text_as_often() {
+        let pairs = planted_pairs(&corpus::training().compliances[..60], 5);
+        for decoy in Rule::ALL.into_iter().filter(|rule| rule.is_decoy()) {
+            let has = |text: &PlantedText| text.insertions.iter().any(|of| of.rule == decoy);
+            let chosen = pairs.iter().filter(|pair| has(&pair.chosen)).count();
+            let rejected = pairs.iter().filter(|pair| has(&pair.rejected)).count();
+            assert_eq!((chosen, rejected), (pairs.len() / 6, pairs.len() / 6));
+        }
     }
 }

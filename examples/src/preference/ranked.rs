@@ -67,6 +67,11 @@ impl Ranked {
         };
         Self { raising: side(1.0, 0), lowering: side(-1.0, 1) }
     }
+
+    /// The first of either side, so many of each.
+    pub(super) fn first(&self, n: usize) -> impl Iterator<Item = &OnWords> {
+        self.raising.iter().take(n).chain(self.lowering.iter().take(n))
+    }
 }
 
 #[cfg(test)]

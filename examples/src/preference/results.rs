@@ -195,7 +195,7 @@ pub struct SaeResults {
     pub decoy_above: Option<bool>,
     /// The texts of the verified pairs, the preferred one of each first.
     pub texts: Vec<VerifiedText>,
-    /// Latents by effect on the reward: those that raise it most, then those that lower it most.
+    /// Latents by what they add to the difference of rewards, then by their effect on the reward.
     pub latents: Vec<LatentRow>,
     /// Effects of all active latents, for a histogram.
     pub effects: Vec<f64>,
@@ -216,7 +216,10 @@ pub struct LatentRow {
     pub gxa: f64,
     /// The share of tokens that it is active on.
     pub density: f64,
-    /// The planted rule that its effect follows most.
+    /// What it adds to the difference of rewards on all tokens but the last, if it is among the first
+    /// twenty of those that raise rewards, or that lower them.
+    pub adds: Option<f64>,
+    /// The planted rule that it adds that for.
     pub rule: Option<Rule>,
     /// What it does on the verified texts that it is active on.
     pub on_texts: Vec<OnText>,

@@ -9,7 +9,8 @@ use model_hooks::{LanguageModel, Positions};
 
 use super::effects::{Question, TextEffects, means};
 use super::model::{Wanted, read, texts};
-use super::recovery::{ByRule, rule_of};
+use super::ranked::Ranked;
+use super::recovery::{ByRule, TOP, rule_of};
 use super::results::{LatentRow, OnText, TopText};
 use super::saes::TrainedSae;
 
@@ -51,14 +52,15 @@ pub(super) fn values(
     Ok(values)
 }
 
-/// The table, for latents that were measured.
+/// The table, for latents that were measured: first those that make the model prefer one text to
+/// another by what it says, then by their effects on all that was verified.
 pub(super) fn rows(
     question: &Question<'_>,
     trained: &TrainedSae,
     latents: &[usize],
     effects: &[TextEffects],
     measured: &[BTreeMap<usize, f64>],
-    by_rule: Option<&ByRule>,
+    (ranked, by_rule): (&Ranked, Option<&ByRule>),
     values: &[Values],
 ) -> Vec<LatentRow> {
     let conversations = texts(question.pairs);
@@ -69,29 +71,35 @@ pub(super) fn rows(
     let gxa = means(of_verified.iter().map(|text| &text.gxa));
     let promoted = promoted(question, trained, latents);
     let of = |means: &BTreeMap<usize, f64>, latent| means.get(&latent).copied().unwrap_or(0.0);
-    latents
-        .iter()
-        .zip(promoted)
-        .map(|(&latent, promoted)| {
-            let on_text = |(text, effects): (usize, &BTreeMap<usize, f64>)| {
-                let effect = *effects.get(&latent)?;
-                let values = values[text].get(&latent).cloned().unwrap_or_default();
-                Some(OnText { text, effect, values })
-            };
-            LatentRow {
-                latent,
-                measured: of(&by_ablation, latent),
-                ig: of(&ig, latent),
-                together: of(&together, latent),
-                gxa: of(&gxa, latent),
-                density: trained.quality.densities.get(latent).copied().unwrap_or(0.0),
-                rule: by_rule.and_then(|all| all.get(&latent)).and_then(rule_of),
-                on_texts: measured.iter().enumerate().filter_map(on_text).collect(),
-                top: top_texts(question.tokenizer, values, latent, &conversations),
-                promoted,
-            }
-        })
-        .collect()
+    let first: BTreeMap<usize, f64> =
+        ranked.first(TOP).map(|of| (of.latent, of.difference)).collect();
+    let rows = latents.iter().zip(promoted).map(|(&latent, promoted)| {
+        let on_text = |(text, effects): (usize, &BTreeMap<usize, f64>)| {
+            let effect = *effects.get(&latent)?;
+            let values = values[text].get(&latent).cloned().unwrap_or_default();
+            Some(OnText { text, effect, values })
+        };
+        LatentRow {
+            latent,
+            measured: of(&by_ablation, latent),
+            ig: of(&ig, latent),
+            together: of(&together, latent),
+            gxa: of(&gxa, latent),
+            density: trained.quality.densities.get(latent).copied().unwrap_or(0.0),
+            adds: first.get(&latent).copied(),
+            rule: by_rule
+                .filter(|_| first.contains_key(&latent))
+                .and_then(|all| all.get(&latent))
+                .and_then(rule_of),
+            on_texts: measured.iter().enumerate().filter_map(on_text).collect(),
+            top: top_texts(question.tokenizer, values, latent, &conversations),
+            promoted,
+        }
+    });
+    let mut rows: Vec<LatentRow> = rows.collect();
+    let adds = |row: &LatentRow| row.adds.unwrap_or(0.0);
+    rows.sort_by(|a, b| adds(b).total_cmp(&adds(a)).then(a.ig.total_cmp(&b.ig)));
+    rows
 }
 
 /// The texts on which a latent is most active, around the token that it is most active on.

@@ -210,7 +210,7 @@ impl Default for Scale {
             k: 32,
             n_test_prompts: 80,
             n_published_prompts: 60,
-            n_six_shot_prompts: 40,
+            n_six_shot_prompts: 24,
             n_selection_prompts: 24,
             n_lessons: 300,
             n_contrasts: 500,
