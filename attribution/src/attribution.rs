@@ -28,7 +28,8 @@ pub struct AttributionConfig {
     ///
     /// All together, as in Marks et al. (2024), they leave the model with nothing to work on, and
     /// gradients there say little about a latent that goes alone, as ablation has it: the more
-    /// groups, the nearer to that, each at the price of all steps.
+    /// groups, the nearer to that, each at the price of all steps. Where the gradient is taken at the
+    /// clean run alone, they are all the same.
     pub n_groups: usize,
     /// Which way gradients pass an SAE further up.
     pub error_gradient: ErrorGradient,
@@ -194,6 +195,7 @@ impl<M: Metric> Study<'_, M> {
         baseline: Baseline<'_, SaeMeans>,
         config: AttributionConfig,
     ) -> Result<Vec<SiteEffects>, AttributionError> {
+        assert!(config.n_groups > 0, "no groups of latents");
         sites.iter().try_for_each(|site| site.check(self))?;
         let clean = self.gradients(sites, None, config.error_gradient)?;
         let mut effects = Vec::with_capacity(sites.len());
@@ -209,7 +211,7 @@ impl<M: Metric> Study<'_, M> {
                 self.integrated(sites, site_idx, part, &clean, config)
             });
             let sum = groups.reduce(|sum, part| Ok(sum?.plus(part?)));
-            effects.push(sum.expect("no groups of latents")?);
+            effects.push(sum.expect("at least one group")?);
         }
         Ok(effects)
     }

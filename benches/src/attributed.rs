@@ -5,15 +5,13 @@ use std::hint::black_box;
 
 use anyhow::Result;
 use attribution::{AttributionConfig, Baseline, NextToken, SaeSite, Study, Target};
-use burn::tensor::Device;
-use examples::assets::locate_model;
-use model_hooks::{HookPoint, LanguageModel, load};
+use model_hooks::HookPoint;
 use sae_core::Activation;
 use serde_json::json;
 
 use crate::limits::{gemm, linear_layers, median};
 use crate::peak::{peak_mb, reset_peak};
-use crate::steered::sae;
+use crate::subject;
 
 const N_ROWS: usize = 8;
 const N_POS: usize = 128;
@@ -34,13 +32,10 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let device = Device::flex();
-    let mut checkpoint = load::open(&locate_model(options.model.as_deref())?)?;
-    let model = LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &device)?;
-    examples::allocator::keep_pages();
+    let model = subject::model(options.model.as_deref())?;
     let config = model.config();
     let top_k = Activation::TopK { k: K, rescale_by_decoder_norm: false };
-    let sae = sae(config.d_model, options.d_sae, top_k, &device)?;
+    let sae = subject::sae(config.d_model, options.d_sae, top_k, model.device())?;
     let ids: Vec<u32> =
         (0..N_ROWS * N_POS).map(|i| ((i + 1) * 7919 % config.d_vocab) as u32).collect();
     let rows: Vec<&[u32]> = ids.chunks(N_POS).collect();
@@ -53,7 +48,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let attribute = |study: &Study<'_, NextToken<'_>>| {
         study.attribute(&[site], Baseline::Zero, AttributionConfig::GRADIENT_TIMES_ACTIVATION)
     };
-    let flop_per_s = gemm(config, N_ROWS * N_POS, &device);
+    let flop_per_s = gemm(config, N_ROWS * N_POS, model.device());
     let of_block: usize = linear_layers(config).iter().map(|[d_in, d_out]| 2 * d_in * d_out).sum();
     let n_below = options.layer + 1;
     let n_above = config.n_layers - n_below;

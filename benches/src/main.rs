@@ -12,6 +12,7 @@ mod sae_step;
 mod save;
 mod soak;
 mod steered;
+mod subject;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};

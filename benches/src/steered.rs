@@ -8,18 +8,18 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use burn::tensor::{Device, Tensor};
-use examples::assets::locate_model;
+use burn::tensor::Tensor;
 use model_hooks::{
-    GenerateConfig, Hook, HookError, HookPoint, LanguageModel, Positions, SharedPrefix, load,
-    unobserved,
+    GenerateConfig, Hook, HookError, HookPoint, LanguageModel, Positions, SharedPrefix, unobserved,
 };
-use sae_core::{Activation, Sae, SaeConfig, SaeWeights};
+use sae_core::Activation;
 use serde::Serialize;
 use steering::{
     Condition, Intervention, LatentEdit, LatentEdits, Over, Reading, Region, Remainder, Score,
     Steering, random_direction, residual_writers,
 };
+
+use crate::subject;
 
 /// Latents kept of a TopK autoencoder.
 const K: usize = 32;
@@ -62,36 +62,17 @@ struct Line<'a> {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let device = Device::flex();
-    let mut checkpoint = load::open(&locate_model(options.model.as_deref())?)?;
-    let model = LanguageModel::load(checkpoint.config, checkpoint.tensors.as_mut(), &device)?;
-    examples::allocator::keep_pages();
+    let model = subject::model(options.model.as_deref())?;
     match options.batches {
         true => batches(&model, options),
         false => treatments(&model, options),
     }
 }
 
-/// Latents that read and write random directions.
-pub(crate) fn sae(
-    d_in: usize,
-    d_sae: usize,
-    activation: Activation,
-    device: &Device,
-) -> Result<Sae> {
-    let row = |i: usize| random_direction(d_in, 1.0, i as u64, device).unsqueeze::<2>();
-    let w_dec = Tensor::cat((0..d_sae).map(row).collect(), 0);
-    let w_enc = Tensor::from_data(w_dec.clone().transpose().into_data(), device);
-    let zeros = |n: usize| Tensor::<1>::zeros([n], device);
-    let mut weights = SaeWeights::new(w_enc, zeros(d_sae), w_dec, zeros(d_in));
-    weights.threshold = (activation == Activation::JumpRelu).then(|| zeros(d_sae) + 1.0);
-    Ok(Sae::new(SaeConfig::new(d_in, d_sae, activation), weights)?)
-}
-
 fn treatments(model: &LanguageModel, options: &Options) -> Result<()> {
     let (d_model, device) = (model.config().d_model, model.device());
     let point = HookPoint::resid_post(options.layer);
-    let kind = |activation| sae(d_model, options.d_sae, activation, device);
+    let kind = |activation| subject::sae(d_model, options.d_sae, activation, device);
     let (relu, jump) = (kind(Activation::Relu)?, kind(Activation::JumpRelu)?);
     let top_k = kind(Activation::TopK { k: K, rescale_by_decoder_norm: false })?;
     let latent = |sae, reading| {

@@ -6,6 +6,7 @@
 
 pub mod bradley_terry;
 pub mod classifier;
+mod clock;
 mod effects;
 mod explained;
 mod human;
@@ -23,12 +24,12 @@ mod saes;
 mod sources;
 mod stages;
 mod table;
+mod telling;
 mod text;
 pub mod tf_idf;
 
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use attribution::Check;
@@ -46,6 +47,7 @@ pub use results::{
 pub use text::{as_conversation, attribute_text};
 
 use self::bradley_terry::Agreement;
+use self::clock::Clock;
 use self::effects::{Question, TextEffects, extremes, means};
 use self::insertions::Insertions;
 use self::model::{Read, Wanted, read, texts};
@@ -55,9 +57,10 @@ use self::recovery::TOP;
 use self::saes::TrainedSae;
 use self::sources::{Encoding, Origin, Sources, sources};
 use self::stages::{Fingerprint, Stages};
+use self::telling::{tell_human, tell_sae};
 use crate::assets::{self, HeadedModel, TextModel, load_text_model, locate_model};
 use crate::device::device;
-use crate::progress::{step, tell};
+use crate::progress::tell;
 use crate::storage::cache_folder;
 
 /// Latents named for a text of the user's.
@@ -573,94 +576,4 @@ fn by_rule(planted: &[PlantedPair], differences: &[f64]) -> Vec<(Rule, Rate)> {
         (rule, Rate::wilson(of.iter().filter(|&&d| d > 0.0).count(), of.len()))
     };
     Rule::ALL.into_iter().filter(|rule| !rule.is_decoy()).map(of_rule).collect()
-}
-
-fn tell_human(human: &Human) {
-    tell(&format!(
-        "people's preferences, {} pairs in {} parts: {} by heads after blocks {:?}",
-        human.n, human.n_folds, human.head.accuracy, human.layers
-    ));
-    tell(&format!("  words {} (p = {:.3})", human.tf_idf, human.against_tf_idf.p_value));
-    tell(&format!("  the shorter {} (p = {:.3})", human.shorter, human.against_shorter.p_value));
-}
-
-fn tell_sae(sae: &SaeResults, insertions: &Insertions, repetition: Option<&Repetition>) {
-    for (name, check) in [
-        ("integrated gradients", sae.ig),
-        ("those of all latents together", sae.together),
-        ("gradient × activation", sae.gxa),
-    ] {
-        tell(&format!(
-            "{name} against {} ablated latents: r {:.3}, top {} recall {:.2}",
-            check.n, check.pearson, check.top_k, check.top_k_recall
-        ));
-    }
-    tell(&format!(
-        "on {} latents of single texts: r {:.3} and {:.3}",
-        sae.ig_by_text.n, sae.ig_by_text.pearson, sae.gxa_by_text.pearson
-    ));
-    let places = sae.recovered.iter().map(|(rule, place)| match place {
-        Some(place) => format!("{} #{}", rule.label(), place + 1),
-        None => format!("{} not among {TOP}", rule.label()),
-    });
-    let places: Vec<String> = places.collect();
-    if !places.is_empty() {
-        tell(&places.join(", "));
-    }
-    tell(&format!(
-        "the difference of rewards: {:.0} % with all latents, {:.0} % with the error",
-        100.0 * sae.latents_share.value,
-        100.0 * sae.error_share.value
-    ));
-    tell(&format!("insertions {}, controls {}", insertions.success, insertions.control));
-    if let Some(Repetition { repeated, paraphrased, recovered, .. }) = repetition {
-        tell(&format!(
-            "a question said again {:+.2}, in other words {:+.2}; without two latents {:.0} % back",
-            repeated.value,
-            paraphrased.value,
-            100.0 * recovered.value
-        ));
-    }
-}
-
-/// How long each step takes.
-struct Clock {
-    start: Instant,
-    last: Instant,
-    running: Option<String>,
-    steps: Vec<(String, f64)>,
-}
-
-impl Clock {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self { start: now, last: now, running: None, steps: Vec::new() }
-    }
-
-    /// Says what begins.
-    fn step(&mut self, title: &str) {
-        self.end();
-        step(title);
-        self.running = Some(title.to_owned());
-    }
-
-    /// Ends a part of the step that is running.
-    fn lap(&mut self, part: &str) {
-        let seconds = self.last.elapsed().as_secs_f64();
-        let step = self.running.as_deref().unwrap_or_default();
-        self.steps.push((format!("{step}: {part}"), seconds));
-        self.last = Instant::now();
-    }
-
-    fn end(&mut self) {
-        if let Some(title) = self.running.take() {
-            self.steps.push((title, self.last.elapsed().as_secs_f64()));
-        }
-        self.last = Instant::now();
-    }
-
-    fn stop(mut self) -> (Vec<(String, f64)>, f64) {
-        self.end();
-        (self.steps, self.start.elapsed().as_secs_f64())
-    }
 }
