@@ -1,6 +1,6 @@
 //! What steering costs: answers by their log-probability, and divergence.
 
-use model_hooks::{ForwardError, Hook, LanguageModel, Predictions, TokenBatch, batches_in_order};
+use model_hooks::{Continued, ForwardError, Hook, LanguageModel, TokenBatch, batches_in_order};
 
 /// A question with what there is to choose from, in tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,49 +52,27 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 }
 
 /// The log-probabilities of every question's choices, under a hook. `batch_tokens` bounds the tokens
-/// of a pass (a longer text runs alone).
-///
-/// A pass holds questions with their answers: before each, `prepare` is given the lengths of the
-/// questions, row by row, for a hook that treats the two differently
-/// ([`Steering::set_prompt_lengths`](crate::Steering::set_prompt_lengths)).
+/// of a pass (a longer question runs alone).
 ///
 /// # Errors
 /// If a text does not fit the model, or the hook fails.
 ///
 /// # Panics
 /// If a choice has no tokens.
-pub fn choice_scores<H: Hook>(
+pub fn choice_scores<H: Hook + Clone>(
     model: &LanguageModel,
     questions: &[TokenQuestion],
     batch_tokens: usize,
-    hook: &mut H,
-    mut prepare: impl FnMut(&mut H, &[usize]),
+    hook: &H,
 ) -> Result<Vec<ChoiceScores>, ForwardError> {
-    let texts = questions.iter().flat_map(|question| {
-        question.choices.iter().map(move |choice| {
-            assert!(!choice.is_empty(), "a choice without tokens");
-            (question.prompt.len(), [question.prompt.as_slice(), choice.as_slice()].concat())
-        })
-    });
-    let (lengths, texts): (Vec<usize>, Vec<Vec<u32>>) = texts.unzip();
-    let mut log_probs = Vec::with_capacity(texts.len());
-    for batch in batches_in_order(&texts, batch_tokens) {
-        let tokens = TokenBatch::new(&texts[batch.clone()], model.config(), model.device())?;
-        prepare(hook, &lengths[batch.clone()]);
-        let logits = model.logits(&tokens, hook)?;
-        let losses = Predictions::new(logits, &tokens).losses.into_data();
-        let losses = losses.as_slice::<f32>().expect("losses are f32");
-        let n = tokens.dims()[1] - 1;
-        for (row, index) in losses.chunks_exact(n).zip(batch) {
-            // Padding stands on the left: an answer is the end of its row.
-            let answer = texts[index].len() - lengths[index];
-            log_probs.push(-row[n - answer..].iter().copied().map(f64::from).sum::<f64>());
-        }
-    }
-    let mut rest = log_probs.into_iter();
-    let scores = questions.iter().map(|question| ChoiceScores {
-        log_probs: rest.by_ref().take(question.choices.len()).collect(),
-        n_tokens: question.choices.iter().map(Vec::len).collect(),
+    let texts: Vec<Continued<'_>> = questions
+        .iter()
+        .map(|TokenQuestion { prompt, choices }| Continued { prompt, continuations: choices })
+        .collect();
+    let log_probs = model.continuation_log_probs(&texts, batch_tokens, hook)?;
+    let scores = log_probs.into_iter().zip(questions).map(|(log_probs, question)| {
+        let n_tokens = question.choices.iter().map(Vec::len).collect();
+        ChoiceScores { log_probs, n_tokens }
     });
     Ok(scores.collect())
 }

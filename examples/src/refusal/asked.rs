@@ -206,12 +206,18 @@ fn conditions(folder: &Path) -> PathBuf {
     folder.join("activation-steering/condition_harmful.json")
 }
 
-/// What a condition is learnt from: the authors' training prompts and contrasts, and, of published
-/// sets, the requests of the training part that are not near one of the tests.
+/// What a condition is learnt from: the authors' training prompts and contrasts, openings of
+/// dialogues, for small talk is no request that the others resemble, and, of published sets, the
+/// requests of the training part; none that is near one of the tests.
 ///
 /// # Errors
 /// If a file cannot be read.
-pub(super) fn lessons(options: &Options, scale: &Scale, asked: &Asked) -> Result<Vec<Lesson>> {
+pub(super) fn lessons(
+    options: &Options,
+    scale: &Scale,
+    asked: &Asked,
+    openings: &[String],
+) -> Result<Vec<Lesson>> {
     let training = corpus::training();
     let mut lessons = Vec::new();
     let mut add = |group: Group, prompts: Vec<String>| {
@@ -231,21 +237,23 @@ pub(super) fn lessons(options: &Options, scale: &Scale, asked: &Asked) -> Result
     add(Group::Harmful, harmful);
     add(Group::LookAlike, harmless);
 
-    let Some(folder) = &options.sets else { return Ok(lessons) };
-    let pairs = condition(&conditions(folder))?.train;
     let tests: Vec<Fingerprint> =
         asked.prompts().map(|(_, prompt)| Fingerprint::new(prompt)).collect();
     let pick = |mut prompts: Vec<String>| -> Vec<String> {
+        prompts.retain(|prompt| !prompt.trim().is_empty() && prompt.len() < MAX_LESSON_BYTES);
         prompts.sort();
         prompts.dedup();
         let part = sample::of_all(prompts.len(), scale.n_lessons, options.seed);
         let is_new = |prompt: &&String| {
             let fingerprint = Fingerprint::new(prompt);
-            prompt.len() < MAX_LESSON_BYTES && !tests.iter().any(|test| test.is_near(&fingerprint))
+            !tests.iter().any(|test| test.is_near(&fingerprint))
         };
         let picked = part.into_iter().map(|index| &prompts[index]).filter(is_new);
         picked.cloned().collect()
     };
+    add(Group::Ordinary, pick(openings.to_vec()));
+    let Some(folder) = &options.sets else { return Ok(lessons) };
+    let pairs = condition(&conditions(folder))?.train;
     add(Group::Harmful, pick(pairs.iter().map(|pair| pair.harmful.clone()).collect()));
     add(Group::Ordinary, pick(pairs.into_iter().map(|pair| pair.harmless).collect()));
     Ok(lessons)

@@ -37,16 +37,19 @@ pub(super) struct Answered {
 /// What the autoencoder is trained and measured on. All of them begin with the same tokens.
 pub(super) struct Corpus {
     pub(super) training: Vec<Vec<u32>>,
+    /// What the dialogues of the training part begin with.
+    pub(super) openings: Vec<String>,
     pub(super) held_out: Vec<Vec<u32>>,
-    /// How many tokens of each held-out text stand before the first answer.
-    pub(super) held_out_prompts: Vec<usize>,
+    /// Dialogues that nothing is learnt from, the held-out ones first, for as many tokens as
+    /// perplexities are to be measured on.
+    pub(super) unseen: Vec<Dialogued>,
 }
 
 /// A dialogue in tokens.
-struct Dialogued {
-    ids: Vec<u32>,
+pub(super) struct Dialogued {
+    pub(super) ids: Vec<u32>,
     /// How many of them stand before the first answer.
-    n_prompt: usize,
+    pub(super) n_prompt: usize,
 }
 
 impl Corpus {
@@ -142,26 +145,37 @@ impl<'a> Chats<'a> {
         let mut n_tokens: usize = texts.iter().map(Vec::len).sum();
         let mut order: Vec<usize> = (0..dialogues.len()).collect();
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-        let mut rest = order.into_iter();
-        let (mut held_out, mut held_out_prompts) = (Vec::new(), Vec::new());
-        for index in rest.by_ref().take(N_HELD_OUT.min(dialogues.len().div_ceil(10))) {
-            let Dialogued { ids, n_prompt } = self.dialogue(&dialogues[index])?;
-            held_out.push(ids);
-            held_out_prompts.push(n_prompt);
-        }
-        for index in rest {
-            if n_tokens >= scale.training.n_tokens {
-                break;
-            }
-            let Dialogued { ids, .. } = self.dialogue(&dialogues[index])?;
+        let mut rest = order.into_iter().map(|index| &dialogues[index]);
+        let n_held_out = N_HELD_OUT.min(dialogues.len().div_ceil(10));
+        let mut unseen = rest
+            .by_ref()
+            .take(n_held_out)
+            .map(|dialogue| self.dialogue(dialogue))
+            .collect::<Result<Vec<_>>>()?;
+        let held_out: Vec<Vec<u32>> = unseen.iter().map(|dialogue| dialogue.ids.clone()).collect();
+        let mut openings = Vec::new();
+        while n_tokens < scale.training.n_tokens
+            && let Some(dialogue) = rest.next()
+        {
+            let Dialogued { ids, .. } = self.dialogue(dialogue)?;
             n_tokens += ids.len();
             texts.push(ids);
+            openings.extend(dialogue.turns.first().filter(|turn| !turn.is_empty()).cloned());
+        }
+        // The first token of a text is not predicted.
+        let n_predicted = |dialogue: &Dialogued| dialogue.ids.len().saturating_sub(1);
+        let mut n_unseen: usize = unseen.iter().map(n_predicted).sum();
+        while n_unseen < scale.n_perplexity_tokens
+            && let Some(dialogue) = rest.next()
+        {
+            unseen.push(self.dialogue(dialogue)?);
+            n_unseen += unseen.last().map_or(0, n_predicted);
         }
         ensure!(
             !held_out.is_empty() && !texts.is_empty(),
             "too little text to train on and to hold some out: pass more with --text"
         );
-        Ok(Corpus { training: texts, held_out, held_out_prompts })
+        Ok(Corpus { training: texts, openings, held_out, unseen })
     }
 
     /// Refused and answered requests, at most a third of the tokens. Each unsafe request comes with

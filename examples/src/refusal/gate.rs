@@ -11,6 +11,7 @@ use std::ops::ControlFlow;
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Tensor, TensorData};
 use model_hooks::{HarvestConfig, Harvested, HookPoint, SharedPrefix};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use steering::{LogisticOptions, LogisticProbe, Rate};
@@ -231,12 +232,11 @@ fn fit(
         Reading { features, n_before: common_prefix(&prompts), n_behind: common_prefix(&reversed) };
     let reader = Reader { loaded, reading: &reading };
     let read = reader.read(&prompts, "learning when")?;
-    let fit = |keep: &dyn Fn(&Lesson) -> bool| -> Result<LogisticProbe> {
+    let fit = |held_out: usize| -> Result<LogisticProbe> {
         let of_class = |harmful: bool| {
-            let rows = lessons
-                .iter()
-                .zip(&read)
-                .filter(|(lesson, _)| keep(lesson) && (lesson.group == Group::Harmful) == harmful);
+            let rows = lessons.iter().zip(&read).filter(|(lesson, _)| {
+                lesson.fold % N_FOLDS != held_out && (lesson.group == Group::Harmful) == harmful
+            });
             let rows: Vec<&[f32]> = rows.map(|(_, x)| x.as_slice()).collect();
             ensure!(!rows.is_empty(), "too few lessons to learn a condition from");
             let data = TensorData::new(rows.concat(), [rows.len(), reader.width()]);
@@ -248,15 +248,12 @@ fn fit(
         Ok(LogisticProbe::fit(&harmful, &harmless, options))
     };
 
-    let mut unseen = vec![0.0; lessons.len()];
-    for fold in 0..N_FOLDS {
-        let probe = fit(&|lesson| lesson.fold % N_FOLDS != fold)?;
-        for ((lesson, x), unseen) in lessons.iter().zip(&read).zip(&mut unseen) {
-            if lesson.fold % N_FOLDS == fold {
-                *unseen = probe.logit(x);
-            }
-        }
-    }
+    // The last one holds out none.
+    let probes = (0..=N_FOLDS).into_par_iter().map(fit).collect::<Result<Vec<_>>>()?;
+    let (probe, of_folds) = probes.split_last().expect("one at least");
+    let of_fold = |lesson: &Lesson| &of_folds[lesson.fold % N_FOLDS];
+    let unseen = lessons.iter().zip(&read).map(|(lesson, x)| of_fold(lesson).logit(x));
+    let unseen: Vec<f64> = unseen.collect();
     let least = |group: Group, allowed: f64| {
         let scores = lessons.iter().zip(&unseen).filter(|(lesson, _)| lesson.group == group);
         exceeded_by(scores.map(|(_, &score)| score).collect(), allowed)
@@ -267,7 +264,6 @@ fn fit(
         .reduce(f64::max)
         .context("no harmless lesson to learn a condition from")?;
 
-    let probe = fit(&|_| true)?;
     let scores = |prompts: Vec<Vec<u32>>| -> Result<Vec<f64>> {
         let read = reader.read(&prompts, "checking when")?;
         Ok(read.iter().map(|x| probe.logit(x)).collect())
@@ -282,7 +278,7 @@ fn fit(
         n_harmful,
         n_harmless: lessons.len() - n_harmful,
         selection_auc: area_under_curve(&harmful, &harmless),
-        probe,
+        probe: probe.clone(),
         reading,
     })
 }

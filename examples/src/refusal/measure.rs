@@ -16,8 +16,10 @@ use crate::results::{Arithmetic, Capability, MultipleChoice};
 use crate::sets::arithmetic::{Asking, Problem, solve};
 use crate::sets::questions::Question;
 
-/// Tokens of a forward pass.
+/// Tokens of a forward pass with all its logits.
 const BATCH_TOKENS: usize = 512;
+/// Tokens of a forward pass over questions, of which only the last ones have logits.
+const QUESTION_TOKENS: usize = 2048;
 
 /// Questions of one set.
 pub(super) struct Questions {
@@ -148,13 +150,7 @@ impl Measures<'_> {
             let ids: Vec<_> = questions.iter().map(|q| (&q.prompt, &q.choices)).collect();
             let of = json!({ "choices": 1, "under": steered.key(), "questions": ids });
             choices.push(self.generator.journal.once(&key(&of), || {
-                let mut hook = steered.hook();
-                let scores =
-                    choice_scores(model, questions, BATCH_TOKENS, &mut hook, |hook, lengths| {
-                        if let Some(hook) = hook {
-                            hook.set_prompt_lengths(lengths);
-                        }
-                    })
+                let scores = choice_scores(model, questions, QUESTION_TOKENS, &steered.hook())
                     .during("answering questions")?;
                 let right = scores.iter().zip(&set.questions);
                 Ok(right

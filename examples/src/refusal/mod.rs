@@ -38,7 +38,7 @@ use crate::results::{Condition, Generation, Results, SetKind, Settings, Treatmen
 use crate::sets::{arithmetic, dialogues, questions, sample};
 use crate::storage::write_whole;
 use asked::Asked;
-use chats::{Chats, Corpus};
+use chats::{Chats, Corpus, Dialogued};
 use evaluate::Led;
 use gate::Gate;
 use generator::Generator;
@@ -78,8 +78,8 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     let selection = corpus::selection();
     let asked = asked::asked(options, &scale)?;
     check_lengths(&chats, &asked, &training.six_shot, config.n_ctx, scale.max_new_tokens)?;
-    let lessons = asked::lessons(options, &scale, &asked)?;
     let corpus = chats.training_texts(&texts, &training, &scale, options.seed)?;
+    let lessons = asked::lessons(options, &scale, &asked, &corpus.openings)?;
     tell(&format!(
         "{} training texts with {} tokens, {} held-out texts",
         corpus.training.len(),
@@ -281,18 +281,17 @@ fn led(options: &Options, scale: &Scale) -> Result<Led> {
     Ok(Led { ladders, dialogues })
 }
 
-/// Held-out texts of so many tokens, with how many stand before the first answer of each.
+/// Unseen texts of so many tokens, with how many stand before the first answer of each.
 fn perplexity_texts(corpus: &Corpus, n_tokens: usize) -> Vec<(Vec<u32>, usize)> {
     let mut left = n_tokens;
     let mut texts = Vec::new();
-    let all = corpus.held_out.iter().zip(&corpus.held_out_prompts);
-    for (text, &n_prompt) in all.filter(|(text, _)| text.len() > 1) {
+    for Dialogued { ids, n_prompt } in corpus.unseen.iter().filter(|text| text.ids.len() > 1) {
         if left == 0 {
             break;
         }
-        let n = text.len().min(left.max(1) + 1);
-        texts.push((text[..n].to_vec(), n_prompt.min(n)));
-        left -= left.min(n - 1);
+        let n = ids.len().min(left + 1);
+        texts.push((ids[..n].to_vec(), (*n_prompt).min(n)));
+        left -= n - 1;
     }
     texts
 }

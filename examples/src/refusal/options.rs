@@ -267,7 +267,7 @@ impl Scale {
     pub fn full() -> Self {
         Self {
             n_published_prompts: 450,
-            n_six_shot_prompts: 100,
+            n_six_shot_prompts: 60,
             n_selection_prompts: 40,
             n_lessons: 1_500,
             n_contrasts: 1_000,
@@ -280,8 +280,8 @@ impl Scale {
             n_other_questions: 200,
             n_problems: 50,
             problem_tokens: 160,
-            n_dialogues: 100,
-            mean_difference_strengths: vec![0.5, 1.0, 2.0],
+            n_dialogues: 60,
+            bundle_strengths: vec![0.4, 0.6, 1.0],
             ..Self::default()
         }
     }

@@ -92,6 +92,50 @@ fn longrope_switches_where_each_conversation_grows_too_long() {
     assert_eq!(harvested, Err(ForwardError::RopeSwitch { length: 20 }));
 }
 
+/// Continuations of several lengths, some of one token, behind prompts run once: each has the
+/// log-probability that a pass over the whole text gives it.
+#[test]
+fn continuations_are_as_likely_as_in_the_whole_text() {
+    let continuations: [&[Vec<u32>]; 3] = [
+        &[vec![4], vec![9, 8, 7], vec![90, 2]],
+        &[vec![50; 16], vec![6]],
+        &[vec![3, 3], vec![61, 5, 1, 44, 12, 12, 80]],
+    ];
+    let texts: Vec<Continued<'_>> = ROWS
+        .iter()
+        .zip(continuations)
+        .map(|(prompt, continuations)| Continued { prompt, continuations })
+        .collect();
+    let switching = "phi3_partial_longrope_switch";
+    for (name, model) in models().chain([(switching, named(switching))]) {
+        let log_prob = |prompt: &[u32], ids: &Vec<u32>| {
+            let terms = (0..ids.len()).map(|n| {
+                let before = [prompt, &ids[..n]].concat();
+                let logits = floats(model.last_logits(&batch(&model, &[before]), &mut ()).unwrap());
+                let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+                f64::from(logits[ids[n] as usize]) - sum.ln()
+            });
+            terms.sum::<f64>() as f32
+        };
+        let expected: Vec<f32> = texts
+            .iter()
+            .flat_map(|text| text.continuations.iter().map(|ids| log_prob(text.prompt, ids)))
+            .collect();
+        for batch_tokens in [1, 14, 100] {
+            let found = model.continuation_log_probs(&texts, batch_tokens, &()).unwrap();
+            let found: Vec<f32> = found.into_iter().flatten().map(|x| x as f32).collect();
+            assert_close(name, &found, &expected, 1e-4);
+        }
+    }
+    let model = model();
+    let unknown = Continued { prompt: ROWS[0], continuations: &[vec![1, 1_000_000]] };
+    let refused = model.continuation_log_probs(&[unknown], 100, &()).unwrap_err();
+    assert!(matches!(refused, ForwardError::Tokens(TokenError::UnknownId { row: 0, .. })));
+    let long = Continued { prompt: ROWS[0], continuations: &[vec![1; 1_000_000]] };
+    let refused = model.continuation_log_probs(&[long], 100, &()).unwrap_err();
+    assert!(matches!(refused, ForwardError::Tokens(TokenError::TooLong { row: 0, .. })));
+}
+
 #[test]
 fn draws_of_a_row_depend_on_no_other_row() {
     let model = model();

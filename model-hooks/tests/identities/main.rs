@@ -10,9 +10,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use goldens::assert_close;
 use model_hooks::load::{LoadError, RawTensor, TensorSource};
 use model_hooks::{
-    Activation, ActivationCache, Axis, Edits, ForwardError, GenerateConfig, HarvestConfig,
-    Harvested, Hook, HookError, HookPoint, KvCache, LanguageModel, Layout, NewToken, Place,
-    Positions, Probe, RandomSampling, RewardHead, RewardModel, Sampling, SharedPrefix, Site,
+    Activation, ActivationCache, Axis, Continued, Edits, ForwardError, GenerateConfig,
+    HarvestConfig, Harvested, Hook, HookError, HookPoint, KvCache, LanguageModel, Layout, NewToken,
+    Place, Positions, Probe, RandomSampling, RewardHead, RewardModel, Sampling, SharedPrefix, Site,
     TokenBatch, TokenError, WeightDtype, load, unobserved,
 };
 
