@@ -75,6 +75,18 @@ impl<'a> Chats<'a> {
         self.encode(messages, true)
     }
 
+    /// A conversation that ends with a request, and the position where the words of that begin.
+    pub(super) fn last_request(&self, messages: &[Message]) -> Result<(Vec<u32>, usize)> {
+        let ids = self.conversation(messages)?;
+        let mut other = messages.to_vec();
+        let words = &mut other.last_mut().context("a conversation has a request")?.content;
+        // Where another request in its place makes a difference.
+        *words = if words.trim_start().starts_with('?') { "!" } else { "?" }.into();
+        let other = self.conversation(&other)?;
+        let start = ids.iter().zip(&other).take_while(|(a, b)| a == b).count();
+        Ok((ids, start))
+    }
+
     /// A request after some answered ones, up to where the answer begins.
     pub(super) fn prompt(&self, shots: &[Turn], prompt: &str) -> Result<Vec<u32>> {
         ensure!(!prompt.trim().is_empty(), "a prompt is empty: at least one word is needed");

@@ -261,8 +261,10 @@ impl Setup<'_> {
             Condition::Always => vec![true; messages.len()],
             Condition::Probe => {
                 let chats = self.generator.chats;
-                let ids = messages.iter().map(|messages| chats.conversation(messages));
-                self.gate.fires(self.generator.loaded, &ids.collect::<Result<Vec<_>>>()?)?
+                let requests = messages.iter().map(|messages| chats.last_request(messages));
+                let (ids, starts): (Vec<_>, Vec<_>) =
+                    requests.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+                self.gate.fires_last(self.generator.loaded, &ids, &starts)?
             }
         };
         let mut answers = vec![String::new(); messages.len()];

@@ -1,10 +1,10 @@
 //! When to steer: a probe of what the model makes of a request, before it answers.
 //!
-//! The request is run once as it is; if the probe takes it for harmful, it is answered with
-//! steering, else without. So the probe may read blocks behind those that are steered, and what is
-//! not steered is answered by the very model that was there before. Conversations do not see each
-//! other: what a gated model does is what the steered one does where the probe fires, and what the
-//! plain one does elsewhere.
+//! The request is run once as it is, behind what was said before; if the probe takes it for harmful,
+//! it is answered with steering, else without. So the probe may read blocks behind those that are
+//! steered, and what is not steered is answered by the very model that was there before.
+//! Conversations do not see each other: what a gated model does is what the steered one does where
+//! the probe fires, and what the plain one does elsewhere.
 
 use std::ops::ControlFlow;
 
@@ -89,8 +89,15 @@ impl Reader<'_> {
         self.reading.features.len() * self.loaded.model.config().d_model
     }
 
-    /// The features of each prompt, one behind another.
-    fn read(&self, prompts: &[Vec<u32>], label: &'static str) -> Result<Vec<Vec<f32>>> {
+    /// The features of each prompt, one behind another; of conversations, with where the last
+    /// request of each begins.
+    fn read(
+        &self,
+        prompts: &[Vec<u32>],
+        starts: Option<&[usize]>,
+        label: &'static str,
+    ) -> Result<Vec<Vec<f32>>> {
+        let start = |prompt: usize| starts.map_or(self.reading.n_before, |starts| starts[prompt]);
         let model = &self.loaded.model;
         let d_model = model.config().d_model;
         let mut layers: Vec<usize> = self.reading.features.iter().map(|f| f.layer).collect();
@@ -99,7 +106,7 @@ impl Reader<'_> {
         let n_shared = match prompts.len() {
             0 | 1 => 0,
             // What is read may lie behind it alone.
-            _ => common_prefix(prompts).min(self.reading.n_before),
+            n => (0..n).map(start).fold(common_prefix(prompts), usize::min),
         };
         let prefix = match n_shared {
             0 => SharedPrefix::default(),
@@ -118,7 +125,8 @@ impl Reader<'_> {
                 let point = layers.binary_search(&feature.layer).expect("one of the layers");
                 let rows = activations[point].as_slice::<f32>().expect("f32 activations");
                 for (row, place) in rows.chunks_exact(d_model).zip(&places) {
-                    let weight = self.weight(*feature, place.position, prompts[place.text].len());
+                    let words = (start(place.text), prompts[place.text].len());
+                    let weight = self.weight(*feature, place.position, words);
                     if weight > 0.0 {
                         let out = &mut read[place.text][index * d_model..][..d_model];
                         out.iter_mut().zip(row).for_each(|(out, x)| *out += weight * x);
@@ -135,13 +143,14 @@ impl Reader<'_> {
         Ok(read)
     }
 
-    /// What a token counts for in a feature of a prompt of some length.
-    fn weight(&self, feature: Feature, position: usize, length: usize) -> f32 {
+    /// What a token counts for in a feature of a prompt of some length, whose last request begins
+    /// somewhere.
+    fn weight(&self, feature: Feature, position: usize, (start, length): (usize, usize)) -> f32 {
         match feature.at {
             At::FromEnd(n) => f32::from(u8::from(position + 1 + n == length)),
             At::Mean => {
                 let end = length.saturating_sub(self.reading.n_behind);
-                let words = self.reading.n_before.min(end)..end;
+                let words = start.min(end)..end;
                 if words.contains(&position) { 1.0 / words.len() as f32 } else { 0.0 }
             }
         }
@@ -175,13 +184,31 @@ impl Gate {
         journal.once(&key(&of), || fit(loaded, chats, lessons, selection, features))
     }
 
-    /// Whether each of some prompts, in tokens, is taken for harmful.
+    /// Whether each of some requests, in tokens, is taken for harmful.
     pub(super) fn fires(&self, loaded: &LoadedModel, prompts: &[Vec<u32>]) -> Result<Vec<bool>> {
+        self.decide(loaded, prompts, None)
+    }
+
+    /// The same of the last requests of conversations, which begin at these positions.
+    pub(super) fn fires_last(
+        &self,
+        loaded: &LoadedModel,
+        conversations: &[Vec<u32>],
+        starts: &[usize],
+    ) -> Result<Vec<bool>> {
+        self.decide(loaded, conversations, Some(starts))
+    }
+
+    fn decide(
+        &self,
+        loaded: &LoadedModel,
+        prompts: &[Vec<u32>],
+        starts: Option<&[usize]>,
+    ) -> Result<Vec<bool>> {
         if prompts.is_empty() {
             return Ok(Vec::new());
         }
-        let reader = Reader { loaded, reading: &self.reading };
-        let read = reader.read(prompts, "deciding")?;
+        let read = Reader { loaded, reading: &self.reading }.read(prompts, starts, "deciding")?;
         Ok(read.iter().map(|x| self.probe.logit(x) > self.threshold).collect())
     }
 
@@ -231,7 +258,7 @@ fn fit(
     let reading =
         Reading { features, n_before: common_prefix(&prompts), n_behind: common_prefix(&reversed) };
     let reader = Reader { loaded, reading: &reading };
-    let read = reader.read(&prompts, "learning when")?;
+    let read = reader.read(&prompts, None, "learning when")?;
     let fit = |held_out: usize| -> Result<LogisticProbe> {
         let of_class = |harmful: bool| {
             let rows = lessons.iter().zip(&read).filter(|(lesson, _)| {
@@ -265,7 +292,7 @@ fn fit(
         .context("no harmless lesson to learn a condition from")?;
 
     let scores = |prompts: Vec<Vec<u32>>| -> Result<Vec<f64>> {
-        let read = reader.read(&prompts, "checking when")?;
+        let read = reader.read(&prompts, None, "checking when")?;
         Ok(read.iter().map(|x| probe.logit(x)).collect())
     };
     let harmful =
