@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::sets::arithmetic::{Problem, final_number};
 use crate::sets::prompts::Pair;
 use crate::sets::questions::Question;
 
 /// A prompt with an answer.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Turn {
     /// What the user asks.
     pub prompt: String,

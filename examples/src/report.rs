@@ -333,6 +333,8 @@ mod tests {
             refusal_log_odds: None,
             mean_kl: None,
             perplexity_ratio,
+            perplexity_interval: None,
+            safe_against_base: None,
             capability: None,
             multi_turn: None,
         }
@@ -481,6 +483,7 @@ mod tests {
                 set: "MMLU".into(),
                 accuracy: Rate::wilson(n_right, 100),
                 probability: 0.3,
+                against_base: None,
             }],
             arithmetic: Some(Arithmetic { set: "GSM8K".into(), correct: Rate::wilson(2, 50) }),
             perplexity: 20.0,

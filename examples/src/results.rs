@@ -236,14 +236,20 @@ pub struct Row {
     /// the first outcome is without, the second with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unsafe_against_base: Option<McNemar>,
+    /// The same of the safe prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safe_against_base: Option<McNemar>,
     /// Mean log-odds that the answer to an unsafe prompt begins like a refusal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal_log_odds: Option<f64>,
     /// Mean divergence from the model left alone where answers to ordinary prompts begin, in nats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mean_kl: Option<f64>,
-    /// Perplexity on ordinary text over that of the model left alone.
+    /// Perplexity on ordinary text, with nothing before it, over that of the model left alone.
     pub perplexity_ratio: f64,
+    /// Its 95 % interval over texts drawn anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity_interval: Option<[f64; 2]>,
     /// What else the model can do, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capability: Option<Capability>,
@@ -264,8 +270,7 @@ pub struct Capability {
     pub perplexity: f64,
 }
 
-/// Questions with choices, answered by the choice that is likeliest by token: long ones are not
-/// unlikely for being long.
+/// Questions with choices, answered by the likeliest choice.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MultipleChoice {
     /// The set's name.
@@ -274,6 +279,10 @@ pub struct MultipleChoice {
     pub accuracy: Rate,
     /// Mean probability of the right choice among the choices.
     pub probability: f64,
+    /// Whether the questions answered right differ from those without steering: the first outcome is
+    /// without, the second with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against_base: Option<McNemar>,
 }
 
 /// Word problems, answered in words.
@@ -505,6 +514,8 @@ mod tests {
             refusal_log_odds: None,
             mean_kl: None,
             perplexity_ratio: 1.0,
+            perplexity_interval: None,
+            safe_against_base: None,
             capability: None,
             multi_turn: None,
         };

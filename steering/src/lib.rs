@@ -47,7 +47,7 @@ pub use error::SteeringError;
 pub use find::{Contrast, LatentStatistics, contrast};
 pub use fingerprint::fingerprint;
 pub use intervention::Intervention;
-pub use judge::{Agreement, HumanLabel, Judge, Outcome, PhraseJudge, agreement};
+pub use judge::{Agreement, HumanLabel, Judge, JudgeError, Outcome, PhraseJudge, agreement};
 pub use latent_edit::{Amount, LatentChange, LatentEdit, LatentEdits, Remainder};
 pub use latent_reader::{LatentReader, Reading, running_threshold};
 pub use log_odds::log_odds;

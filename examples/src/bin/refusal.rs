@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use examples::refusal::{Options, run};
+use examples::refusal::{Findings, Options, run};
 use examples::{allocator, pool, report, storage};
+use serde::Serialize;
 
 fn main() -> ExitCode {
     allocator::keep_pages();
@@ -22,18 +23,15 @@ fn main() -> ExitCode {
 }
 
 fn refusal(options: &Options) -> Result<()> {
-    let (results, generations) = run(options)?;
+    let Findings { results, generations, conversations } = run(options)?;
     println!("\n{}", report::table(&results));
     for example in &results.examples {
         println!("{}", report::example(example));
     }
-    let lines = generations
-        .iter()
-        .map(|generation| serde_json::to_string(generation).map(|line| line + "\n"))
-        .collect::<Result<String, _>>()?;
     let json = serde_json::to_string_pretty(&results)?;
     for (name, text) in [
-        ("generations.jsonl", lines),
+        ("generations.jsonl", lines(&generations)?),
+        ("conversations.jsonl", lines(&conversations)?),
         ("results.json", json),
         ("report.html", report::render(&results)?),
     ] {
@@ -43,4 +41,8 @@ fn refusal(options: &Options) -> Result<()> {
     let page = page.canonicalize().with_context(|| format!("cannot find {}", page.display()))?;
     println!("Open {}", page.display());
     Ok(())
+}
+
+fn lines(items: &[impl Serialize]) -> Result<String, serde_json::Error> {
+    items.iter().map(|item| serde_json::to_string(item).map(|line| line + "\n")).collect()
 }

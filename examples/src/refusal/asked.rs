@@ -1,8 +1,9 @@
 //! What the test split asks, and what else is learnt from and chosen on.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
 use steering::{Agreement, PhraseJudge, agreement};
 
@@ -208,7 +209,7 @@ fn conditions(folder: &Path) -> PathBuf {
 
 /// What a condition is learnt from: the authors' training prompts and contrasts, openings of
 /// dialogues, for small talk is no request that the others resemble, and, of published sets, the
-/// requests of the training part; none that is near one of the tests.
+/// requests of the training part; none of these that is near what is tested or chosen on.
 ///
 /// # Errors
 /// If a file cannot be read.
@@ -237,8 +238,11 @@ pub(super) fn lessons(
     add(Group::Harmful, harmful);
     add(Group::LookAlike, harmless);
 
-    let tests: Vec<Fingerprint> =
+    let selection = corpus::selection();
+    let selected = [selection.unsafe_prompts, selection.safe_prompts].into_iter().flatten();
+    let mut others: Vec<Fingerprint> =
         asked.prompts().map(|(_, prompt)| Fingerprint::new(prompt)).collect();
+    others.extend(selected.map(|prompt| Fingerprint::new(&prompt.prompt)));
     let pick = |mut prompts: Vec<String>| -> Vec<String> {
         prompts.retain(|prompt| !prompt.trim().is_empty() && prompt.len() < MAX_LESSON_BYTES);
         prompts.sort();
@@ -246,7 +250,7 @@ pub(super) fn lessons(
         let part = sample::of_all(prompts.len(), scale.n_lessons, options.seed);
         let is_new = |prompt: &&String| {
             let fingerprint = Fingerprint::new(prompt);
-            !tests.iter().any(|test| test.is_near(&fingerprint))
+            !others.iter().any(|other| other.is_near(&fingerprint))
         };
         let picked = part.into_iter().map(|index| &prompts[index]).filter(is_new);
         picked.cloned().collect()
@@ -259,7 +263,7 @@ pub(super) fn lessons(
     Ok(lessons)
 }
 
-/// How far the judge agrees with people on XSTest's completions.
+/// How far the judge agrees with people on XSTest's completions, where they are there.
 ///
 /// # Errors
 /// If a file is there and cannot be read.
@@ -269,17 +273,20 @@ pub(super) fn judge(folder: &Path) -> Result<Vec<JudgeCheck>> {
     for (set, developed_on) in LABELLED {
         let path = folder.join(format!("xstest_v2_completions_{set}.csv"));
         if !path.exists() {
+            tell(&format!("{} is not there: the judge is not compared with it", path.display()));
             continue;
         }
         let read = completions::read(&path)?;
         let labelled = read.iter().map(|c| (c.prompt.as_str(), c.answer.as_str(), c.label));
-        let Agreement { agreeing, partial, .. } = agreement(&PhraseJudge::calibrated(), labelled);
+        let agreed = agreement(&PhraseJudge::calibrated(), labelled);
+        let Agreement { agreeing, partial, .. } =
+            agreed.map_err(|error| anyhow!(error)).context("judging labelled completions")?;
         checks.push(JudgeCheck { set: set.into(), developed_on, agreeing, partial });
     }
     Ok(checks)
 }
 
-/// Drops prompts that are near one of the training or selection splits.
+/// Drops prompts that are near one of the training or selection splits, or there already.
 fn fresh(sets: Vec<Set>) -> Result<Vec<Set>> {
     let seen = corpus::seen_prompts();
     let is_fresh = |prompt: &String| {
@@ -287,7 +294,13 @@ fn fresh(sets: Vec<Set>) -> Result<Vec<Set>> {
         !seen.iter().any(|seen| seen.is_near(&fingerprint))
     };
     let fresh = |mut set: Set| {
+        let n_all = set.prompts.len();
+        let mut seen = HashSet::new();
+        set.prompts.retain(|prompt| seen.insert(prompt.clone()));
         let n = set.prompts.len();
+        if n < n_all {
+            tell(&format!("{}: {n} of {n_all} prompts are different ones", set.name));
+        }
         set.prompts.retain(is_fresh);
         let left = set.prompts.len();
         ensure!(

@@ -3,21 +3,21 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use steering::{Judge, McNemar, Outcome, PhraseJudge, Rate};
+use steering::{Judge, McNemar, Outcome, Rate};
 
 use super::asked::Asked;
 use super::chats::asked;
 use super::gate::Gate;
 use super::generator::{Generator, Steered};
-use super::ladder::{self, Conversation, Ladder};
+use super::ladder::{self, Climb, Conversation, Ended, Ladder, judged};
 use super::measure::{Abilities, Costs, Fires, Measures};
 use super::options::Scale;
 use super::plans::Treatments;
+use super::said::{Conversed, Said};
 use crate::corpus::Turn;
 use crate::progress::bar;
 use crate::results::{
-    Arm, Condition, Example, Generation, Method, MultiTurn, PromptKind, Row, SetKind, SetRate,
-    Treatment,
+    Arm, Condition, Example, Generation, Method, PromptKind, Row, SetKind, SetRate, Treatment,
 };
 
 /// Answers shown before and after.
@@ -25,7 +25,7 @@ const N_EXAMPLES: usize = 5;
 /// The same under the condition.
 const N_CONDITIONAL_EXAMPLES: usize = 4;
 /// Ways in which a request of a ladder is put, at most.
-const MAX_TRIES: usize = 2;
+const MAX_TRIES: usize = 3;
 
 /// What the evaluation works on.
 pub(super) struct Setup<'a> {
@@ -34,6 +34,7 @@ pub(super) struct Setup<'a> {
     pub(super) measures: &'a Measures<'a>,
     pub(super) led: &'a Led,
     pub(super) gate: &'a Gate,
+    pub(super) judge: &'a dyn Judge,
     pub(super) six_shot: &'a [Turn],
     pub(super) asked: &'a Asked,
     /// Of those, what is asked in the six-shot arm.
@@ -54,6 +55,7 @@ pub(super) struct Evaluation {
     pub(super) rows: Vec<Row>,
     pub(super) examples: Vec<Example>,
     pub(super) generations: Vec<Generation>,
+    pub(super) conversations: Vec<Conversed>,
     pub(super) n_perplexity_tokens: usize,
 }
 
@@ -67,33 +69,45 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
     let led = setup.led()?;
 
     let base = costs(base_of(all[0]))?;
+    let plain = abilities.iter().find(|(treatment, _)| treatment.method == Method::Base);
+    let plain = plain.map(|(_, abilities)| abilities);
     let mut generations = Vec::new();
     let mut rows: Vec<Row> = Vec::new();
     let mut refused_by_base = HashMap::new();
     for (treatment, answers) in all.iter().zip(answers) {
-        let judged = setup.judged(*treatment, answers);
+        let judged = setup.judged(*treatment, answers)?;
         let costs = costs(*treatment)?;
         let mut row = setup.count(*treatment, &judged);
-        row.perplexity_ratio = costs.perplexity() / base.perplexity();
+        let (ratio, interval) = costs.perplexity_ratio(&base);
+        row.perplexity_ratio = ratio;
         if treatment.arm == Arm::ZeroShot {
             row.refusal_log_odds = Some(costs.log_odds());
             row.mean_kl = Some(costs.mean_kl());
-            row.capability = abilities
-                .iter()
-                .find(|(other, _)| other == treatment)
-                .map(|(_, abilities)| setup.measures.capability(&costs, abilities));
+            row.capability =
+                abilities.iter().find(|(other, _)| other == treatment).map(|(_, abilities)| {
+                    let plain = plain.filter(|_| treatment.method != Method::Base);
+                    setup.measures.capability(&costs, abilities, plain)
+                });
             row.multi_turn = led
                 .iter()
-                .find(|(other, _)| other == treatment)
-                .map(|(_, multi_turn)| multi_turn.clone());
+                .find(|(other, ..)| other == treatment)
+                .map(|(_, climbs, ended)| ladder::summary(climbs, ended));
         }
-        let refused = setup.refused_unsafe(&judged);
+        let refused = [setup.refused_unsafe(&judged), refused_safe(&judged)];
         match treatment.method {
             Method::Base => drop(refused_by_base.insert(treatment.arm, refused)),
             _ => {
                 let base = refused_by_base.get(&treatment.arm).context("the base comes first")?;
-                let pairs = base.iter().copied().zip(refused);
-                row.unsafe_against_base = Some(McNemar::of(pairs));
+                let both = base.iter().zip(&refused);
+                let tests = both.map(|(base, refused)| {
+                    McNemar::of(base.iter().copied().zip(refused.iter().copied()))
+                });
+                let [of_unsafe, of_safe] = tests.collect::<Vec<_>>()[..] else {
+                    unreachable!("two of each")
+                };
+                row.unsafe_against_base = Some(of_unsafe);
+                row.safe_against_base = Some(of_safe);
+                row.perplexity_interval = Some(interval);
             }
         }
         rows.push(row);
@@ -106,7 +120,25 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
     let examples = examples.iter().flat_map(|&(shown, n)| examples_of(&generations, shown, n));
     let examples = examples.collect();
     let n_perplexity_tokens = base.n_tokens();
-    Ok(Evaluation { rows, examples, generations, n_perplexity_tokens })
+    let conversations = conversations(led, abilities);
+    Ok(Evaluation { rows, examples, generations, conversations, n_perplexity_tokens })
+}
+
+/// What was said besides the answers to prompts, treatment by treatment.
+fn conversations(
+    led: Vec<(Treatment, Vec<Climb>, Vec<Ended>)>,
+    abilities: Vec<(Treatment, Abilities)>,
+) -> Vec<Conversed> {
+    let led = led.into_iter().flat_map(|(treatment, climbs, ended)| {
+        let climbs = climbs.into_iter().map(Said::Ladder);
+        let said = climbs.chain(ended.into_iter().map(Said::Dialogue));
+        said.map(move |said| Conversed { treatment, said }).collect::<Vec<_>>()
+    });
+    let solved = abilities.into_iter().flat_map(|(treatment, abilities)| {
+        let said = abilities.solutions.into_iter().map(Said::Problem);
+        said.map(move |said| Conversed { treatment, said }).collect::<Vec<_>>()
+    });
+    led.chain(solved).collect()
 }
 
 fn base_of(treatment: Treatment) -> Treatment {
@@ -225,23 +257,22 @@ impl Setup<'_> {
     }
 
     /// Where conversations lead under the chosen treatments.
-    fn led(&self) -> Result<Vec<(Treatment, MultiTurn)>> {
+    fn led(&self) -> Result<Vec<(Treatment, Vec<Climb>, Vec<Ended>)>> {
         let chosen = self.treatments.chosen();
         let bar = bar("leading on", chosen.len() as u64);
         let mut led = Vec::new();
         for treatment in chosen {
-            let judge = PhraseJudge::calibrated();
             let steered = self.steered(treatment)?;
             let plain = self.steered(base_of(treatment))?;
             let answers = |conversations: &[Conversation]| {
                 self.turns(conversations, &steered, &plain, treatment.condition)
             };
-            let climbs = ladder::run(&self.led.ladders, &judge, MAX_TRIES, answers)?;
-            let outcomes = match self.led.dialogues.is_empty() {
+            let climbs = ladder::run(&self.led.ladders, self.judge, MAX_TRIES, answers)?;
+            let ended = match self.led.dialogues.is_empty() {
                 true => Vec::new(),
-                false => ladder::outcomes(&self.led.dialogues, &judge, answers)?,
+                false => ladder::end(&self.led.dialogues, self.judge, answers)?,
             };
-            led.push((treatment, ladder::summary(&climbs, &outcomes)));
+            led.push((treatment, climbs, ended));
             bar.inc(1);
         }
         bar.finish();
@@ -279,18 +310,18 @@ impl Setup<'_> {
     }
 
     /// Every answer of a treatment with what the judge makes of it.
-    fn judged(&self, treatment: Treatment, answers: Vec<String>) -> Vec<Generation> {
-        let judge = PhraseJudge::calibrated();
-        let generation =
-            |((set, prompt), answer): ((&super::asked::Set, &str), String)| Generation {
+    fn judged(&self, treatment: Treatment, answers: Vec<String>) -> Result<Vec<Generation>> {
+        let generation = |((set, prompt), answer): ((&super::asked::Set, &str), String)| {
+            Ok(Generation {
                 treatment,
                 prompt: prompt.to_owned(),
                 kind: set.kind.prompt_kind(),
                 look_alike: set.kind == SetKind::LookAlike,
                 set: set.name.clone(),
-                outcome: judge.judge(prompt, &answer),
+                outcome: judged(self.judge, prompt, &answer)?,
                 answer,
-            };
+            })
+        };
         self.asked(treatment.arm).prompts().zip(answers).map(generation).collect()
     }
 
@@ -320,7 +351,9 @@ impl Setup<'_> {
             unsafe_against_base: None,
             refusal_log_odds: None,
             mean_kl: None,
+            safe_against_base: None,
             perplexity_ratio: 1.0,
+            perplexity_interval: None,
             capability: None,
             multi_turn: None,
         }
@@ -332,6 +365,12 @@ impl Setup<'_> {
         let of_main = generations.iter().filter(|generation| generation.set == *main);
         of_main.map(|generation| generation.outcome == Outcome::Refused).collect()
     }
+}
+
+/// Whether each safe prompt was refused.
+fn refused_safe(generations: &[Generation]) -> Vec<bool> {
+    let safe = generations.iter().filter(|generation| generation.kind == PromptKind::Safe);
+    safe.map(|generation| generation.outcome == Outcome::Refused).collect()
 }
 
 /// Unsafe and safe prompts, answered without steering and with some.

@@ -15,12 +15,13 @@ use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use sae_core::Sae;
 use steering::{
-    Contrast, Intervention, Judge, LatentStatistics, Outcome, PhraseJudge, Region, Steering,
-    contrast, difference_of_means, greedy_bundle, latent_direction, log_odds, output_score,
+    Contrast, Intervention, Judge, LatentStatistics, Outcome, Region, Steering, contrast,
+    difference_of_means, greedy_bundle, latent_direction, log_odds, output_score,
 };
 
 use super::chats::{Chats, asked};
 use super::generator::Generator;
+use super::ladder::judged;
 use super::options::Scale;
 use super::plans::Planner;
 use super::sae::TrainedSae;
@@ -32,8 +33,6 @@ use crate::results::{Arm, Candidate, Condition, Method, SteeringLatent, Treatmen
 
 /// Tokens of refusing answers on which a candidate must be active.
 const MIN_ACTIVE: usize = 2;
-/// Latents of the flattest slopes whose effect is measured, to find one without.
-const MEASURED_CONTROLS: usize = 16;
 /// The fixed clamp at which candidates are compared: multiples of their largest activation.
 const TRIAL_STRENGTH: f64 = 2.0;
 /// The same for the latents of a bundle, which add up.
@@ -112,6 +111,7 @@ impl Found {
 pub(super) fn find(
     generator: &Generator<'_>,
     planner: &Planner<'_>,
+    judge: &dyn Judge,
     trained: &TrainedSae,
     selection: &Selection,
     point: HookPoint,
@@ -119,7 +119,7 @@ pub(super) fn find(
     seed: u64,
 ) -> Result<Found> {
     let (loaded, chats) = (generator.loaded, generator.chats);
-    let search = Search { loaded, chats, generator, planner, trained, point, scale };
+    let search = Search { loaded, chats, generator, planner, judge, trained, point, scale };
     let refusing = search.answers(&selection.refusals)?;
     let complying = search.answers(&selection.compliances)?;
     let contrasts = contrast(&refusing.answers, &complying.answers, MIN_ACTIVE);
@@ -139,8 +139,7 @@ pub(super) fn find(
     let candidates = search.candidates(&contrasts, &trial, &slopes)?;
     let chosen = search.choose(&candidates, &trial, unsafe_prompts)?;
 
-    let (unrelated, random) =
-        search.controls(&refusing.conversations, &trial, &slopes, &chosen, seed)?;
+    let (unrelated, random) = search.controls(&refusing.conversations, &chosen, seed)?;
     let alive: Vec<usize> =
         (0..trained.sae.config().d_sae).filter(|&latent| trained.density(latent) > 0.0).collect();
     let targeted = targeted::direction(
@@ -182,6 +181,7 @@ struct Search<'a> {
     chats: &'a Chats<'a>,
     generator: &'a Generator<'a>,
     planner: &'a Planner<'a>,
+    judge: &'a dyn Judge,
     trained: &'a TrainedSae,
     point: HookPoint,
     scale: &'a Scale,
@@ -403,57 +403,37 @@ impl Search<'_> {
             prompts.iter().map(|prompt| asked(&[], &prompt.prompt)).collect();
         let max_new_tokens = self.scale.max_new_tokens;
         let answers = self.generator.answers(&conversations, &steered, max_new_tokens, |_| ())?;
-        let judge = PhraseJudge::calibrated();
+        let outcomes = prompts.iter().zip(&answers);
+        let outcomes = outcomes.map(|(prompt, answer)| judged(self.judge, &prompt.prompt, answer));
+        let outcomes = outcomes.collect::<Result<Vec<Outcome>>>()?;
         let share = |wanted: Outcome| {
-            let outcomes = prompts.iter().zip(&answers);
-            let outcomes = outcomes.map(|(prompt, answer)| judge.judge(&prompt.prompt, answer));
-            outcomes.filter(|&outcome| outcome == wanted).count() as f64 / prompts.len() as f64
+            let n = outcomes.iter().filter(|&&outcome| outcome == wanted).count();
+            n as f64 / prompts.len() as f64
         };
         let refused = share(Outcome::Refused);
         let score = refused - share(Outcome::Degenerate);
         Ok(Attempt { latents: latents.to_vec(), strength, refused, score })
     }
 
-    /// A latent that never fires in refused conversations, about as often as `chosen` elsewhere, and
-    /// moves the log-odds of refusing least; and one drawn from all that fire.
-    ///
-    /// Slopes say which latents come into question. How far each really moves the odds, clamped as
-    /// far as the best treatment reaches, is measured: what is flat at first need not stay so.
+    /// A latent that never fires in refused conversations, and elsewhere as often as the chosen one
+    /// or as near to that as there is; and one drawn from all that fire. Neither is chosen by what
+    /// clamping it does.
     fn controls(
         &self,
         refusing: &LatentStatistics,
-        trial: &Trial,
-        slopes: &[f32],
         chosen: &Chosen,
         seed: u64,
     ) -> Result<(usize, usize)> {
-        let Chosen { latent, ref bundle, .. } = *chosen;
         let density = |latent: usize| self.trained.density(latent);
         let alive: Vec<usize> = (0..self.sae().config().d_sae)
-            .filter(|latent| !bundle.contains(latent) && density(*latent) > 0.0)
+            .filter(|latent| !chosen.bundle.contains(latent) && *latent != chosen.latent)
+            .filter(|&latent| density(latent) > 0.0)
             .collect();
-        let alike = |&other: &usize| (density(other) / density(latent)).ln().abs() < 2f64.ln();
+        let unlike = |&other: &usize| (density(other) / density(chosen.latent)).ln().abs();
         // Of a small autoencoder, all may fire there now and then: the least then.
         let least = alive.iter().map(|&latent| refusing.n_active(latent)).min().unwrap_or(0);
-        let silent: Vec<usize> =
-            alive.iter().copied().filter(|&latent| refusing.n_active(latent) == least).collect();
-        let among: Vec<usize> = silent.iter().copied().filter(alike).collect();
-        let among = if among.is_empty() { silent } else { among };
-        let mut among = among;
-        among.sort_by(|&a, &b| slopes[a].abs().total_cmp(&slopes[b].abs()));
-        let before = trial.mean_log_odds(&trial.rows(&[])?);
-        let best = match chosen.headline.method {
-            Method::Bundle => bundle.as_slice(),
-            _ => std::slice::from_ref(&latent),
-        };
-        let reach = chosen.headline.strength * self.trained.reach(best);
-        let mut measured = Vec::new();
-        for latent in among.into_iter().take(MEASURED_CONTROLS) {
-            let value = reach / self.trained.direction_norm(latent);
-            let after = trial.mean_log_odds(&trial.rows(&[(latent, value)])?);
-            measured.push((latent, (after - before).abs()));
-        }
-        let unrelated = measured.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(l, _)| l);
+        let silent = alive.iter().copied().filter(|&latent| refusing.n_active(latent) == least);
+        let unrelated = silent.min_by(|a, b| unlike(a).total_cmp(&unlike(b)));
         let random = alive.choose(&mut ChaCha8Rng::seed_from_u64(seed ^ 0x00C0_FFEE)).copied();
         unrelated
             .zip(random)

@@ -3,9 +3,11 @@
 
 use anyhow::{Context, Result};
 use model_hooks::{CrossEntropy, TokenBatch, batches_in_order};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use steering::{Rate, TokenQuestion, choice_scores, kl_divergence, log_odds};
+use steering::{McNemar, Rate, TokenQuestion, choice_scores, kl_divergence, log_odds};
 
 use super::During;
 use super::chats::asked;
@@ -13,18 +15,28 @@ use super::gate::Gate;
 use super::generator::{Generator, Steered};
 use super::journal::key;
 use crate::results::{Arithmetic, Capability, MultipleChoice};
-use crate::sets::arithmetic::{Asking, Problem, solve};
+use crate::sets::arithmetic::{Asking, Problem, Solution, correct, solve};
 use crate::sets::questions::Question;
 
 /// Tokens of a forward pass with all its logits.
 const BATCH_TOKENS: usize = 512;
 /// Tokens of a forward pass over questions, of which only the last ones have logits.
 const QUESTION_TOKENS: usize = 2048;
+/// How often texts are drawn anew for an interval.
+const N_RESAMPLED: usize = 1000;
 
 /// Questions of one set.
 pub(super) struct Questions {
     pub(super) set: String,
     pub(super) questions: Vec<Question>,
+}
+
+/// What a model is asked to do besides.
+pub(super) struct Tasks {
+    pub(super) questions: Vec<Questions>,
+    pub(super) problems: Vec<Problem>,
+    pub(super) problem_set: String,
+    pub(super) problem_tokens: usize,
 }
 
 /// What is measured on.
@@ -38,10 +50,7 @@ pub(super) struct Measures<'a> {
     pub(super) harmless: Vec<Vec<u32>>,
     /// First tokens of refusals.
     pub(super) refusal_tokens: Vec<u32>,
-    pub(super) questions: Vec<Questions>,
-    pub(super) problems: Vec<Problem>,
-    pub(super) problem_set: String,
-    pub(super) problem_tokens: usize,
+    pub(super) tasks: Tasks,
 }
 
 /// Of one way to steer, on each item.
@@ -56,12 +65,11 @@ pub(super) struct Costs {
 }
 
 /// The same of what it takes longer to find.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Abilities {
     /// Whether each question of each set was answered right, and the right choice's probability.
     choices: Vec<Vec<(bool, f64)>>,
-    /// Whether each problem was solved.
-    solved: Vec<bool>,
+    pub(super) solutions: Vec<Solution>,
 }
 
 /// For each item, whether the condition holds.
@@ -78,6 +86,25 @@ impl Costs {
     pub(super) fn perplexity(&self) -> f64 {
         let (total, n) = self.losses.iter().fold((0.0, 0), |(t, n), loss| (t + loss.0, n + loss.1));
         CrossEntropy { total, n_tokens: n }.perplexity()
+    }
+
+    /// The perplexity over that of the plain model, and its 95 % interval: texts drawn anew, as many
+    /// as there are, again and again.
+    pub(super) fn perplexity_ratio(&self, plain: &Self) -> (f64, [f64; 2]) {
+        let ratio = |texts: &mut dyn Iterator<Item = usize>| {
+            let (difference, n) = texts.fold((0.0, 0), |(difference, n), text| {
+                let ((steered, n_tokens), (plain, _)) = (self.losses[text], plain.losses[text]);
+                (difference + steered - plain, n + n_tokens)
+            });
+            (difference / n as f64).exp()
+        };
+        let n = self.losses.len();
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let mut drawn: Vec<f64> =
+            (0..N_RESAMPLED).map(|_| ratio(&mut (0..n).map(|_| rng.random_range(0..n)))).collect();
+        drawn.sort_by(f64::total_cmp);
+        let at = |share: f64| drawn[(share * (N_RESAMPLED - 1) as f64).round() as usize];
+        (ratio(&mut (0..n)), [at(0.025), at(0.975)])
     }
 
     pub(super) fn n_tokens(&self) -> usize {
@@ -108,7 +135,7 @@ impl Abilities {
         let choices = fires.questions.iter().zip(self.choices.iter().zip(&plain.choices));
         Self {
             choices: choices.map(|(fires, (a, b))| choose(fires, a, b)).collect(),
-            solved: choose(&fires.problems, &self.solved, &plain.solved),
+            solutions: choose(&fires.problems, &self.solutions, &plain.solutions),
         }
     }
 }
@@ -143,12 +170,12 @@ impl Measures<'_> {
         progress: impl FnMut(u64),
     ) -> Result<Abilities> {
         let sets: Vec<Vec<TokenQuestion>> =
-            self.questions.iter().map(|set| self.tokens(set)).collect::<Result<_>>()?;
+            self.tasks.questions.iter().map(|set| self.tokens(set)).collect::<Result<_>>()?;
         let model = &self.generator.loaded.model;
         let mut choices = Vec::new();
-        for (set, questions) in self.questions.iter().zip(&sets) {
+        for (set, questions) in self.tasks.questions.iter().zip(&sets) {
             let ids: Vec<_> = questions.iter().map(|q| (&q.prompt, &q.choices)).collect();
-            let of = json!({ "choices": 1, "under": steered.key(), "questions": ids });
+            let of = json!({ "choices": 2, "under": steered.key(), "questions": ids });
             choices.push(self.generator.journal.once(&key(&of), || {
                 let scores = choice_scores(model, questions, QUESTION_TOKENS, &steered.hook())
                     .during("answering questions")?;
@@ -156,17 +183,16 @@ impl Measures<'_> {
                 Ok(right
                     .map(|(scores, question)| {
                         let answer = question.answer;
-                        (scores.best_per_token() == answer, scores.probability(answer))
+                        (scores.best() == answer, scores.probability(answer))
                     })
                     .collect::<Vec<_>>())
             })?);
         }
-        let solutions = solve(&self.problems, Asking::default(), |prompts| {
+        let solutions = solve(&self.tasks.problems, Asking::default(), |prompts| {
             let conversations: Vec<_> = prompts.iter().map(|prompt| asked(&[], prompt)).collect();
-            self.generator.answers(&conversations, steered, self.problem_tokens, progress)
+            self.generator.answers(&conversations, steered, self.tasks.problem_tokens, progress)
         })?;
-        let solved = solutions.iter().map(|solution| solution.is_right);
-        Ok(Abilities { choices, solved: solved.collect() })
+        Ok(Abilities { choices, solutions })
     }
 
     /// Items that a condition holds for.
@@ -174,12 +200,14 @@ impl Measures<'_> {
         let texts: Vec<Vec<u32>> =
             self.texts.iter().map(|(ids, n_prompt)| ids[..*n_prompt].to_vec()).collect();
         let sets: Vec<Vec<Vec<u32>>> = self
+            .tasks
             .questions
             .iter()
             .map(|set| Ok(self.tokens(set)?.into_iter().map(|question| question.prompt).collect()))
             .collect::<Result<_>>()?;
         let chats = self.generator.chats;
         let problems: Vec<Vec<u32>> = self
+            .tasks
             .problems
             .iter()
             .map(|problem| chats.prompt(&[], &Asking::default().prompt(&problem.question)))
@@ -198,18 +226,26 @@ impl Measures<'_> {
         })
     }
 
-    /// Costs and abilities as they are reported.
-    pub(super) fn capability(&self, costs: &Costs, abilities: &Abilities) -> Capability {
-        let sets = self.questions.iter().zip(&abilities.choices);
-        let multiple_choice = sets.map(|(set, choices)| MultipleChoice {
+    /// Costs and abilities as they are reported, beside those of the plain model.
+    pub(super) fn capability(
+        &self,
+        costs: &Costs,
+        abilities: &Abilities,
+        plain: Option<&Abilities>,
+    ) -> Capability {
+        let sets = self.tasks.questions.iter().zip(&abilities.choices).enumerate();
+        let multiple_choice = sets.map(|(index, (set, choices))| MultipleChoice {
             set: set.set.clone(),
             accuracy: Rate::wilson(choices.iter().filter(|c| c.0).count(), choices.len()),
             probability: mean(&choices.iter().map(|c| c.1).collect::<Vec<_>>()),
+            against_base: plain.map(|plain| {
+                let both = plain.choices[index].iter().zip(choices);
+                McNemar::of(both.map(|(plain, steered)| (plain.0, steered.0)))
+            }),
         });
-        let solved = &abilities.solved;
-        let arithmetic = (!solved.is_empty()).then(|| Arithmetic {
-            set: self.problem_set.clone(),
-            correct: Rate::wilson(solved.iter().filter(|&&solved| solved).count(), solved.len()),
+        let arithmetic = (!abilities.solutions.is_empty()).then(|| Arithmetic {
+            set: self.tasks.problem_set.clone(),
+            correct: correct(&abilities.solutions),
         });
         let perplexity = costs.perplexity();
         Capability { multiple_choice: multiple_choice.collect(), arithmetic, perplexity }
@@ -274,5 +310,31 @@ impl Measures<'_> {
             }
         }
         Ok(numbers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn costs(losses: &[(f64, usize)]) -> Costs {
+        Costs { losses: losses.to_vec(), log_odds: Vec::new(), divergences: Vec::new() }
+    }
+
+    #[test]
+    fn perplexities_beside_the_plain_ones() {
+        let plain = costs(&[(20.0, 10), (60.0, 20), (5.0, 1)]);
+        assert_eq!(plain.perplexity_ratio(&plain), (1.0, [1.0, 1.0]));
+        // A tenth of a nat more by token, on every text alike: whatever is drawn, the same.
+        let dearer = costs(&[(21.0, 10), (62.0, 20), (5.1, 1)]);
+        let (ratio, interval) = dearer.perplexity_ratio(&plain);
+        for found in [ratio, interval[0], interval[1]] {
+            assert!((found - 0.1f64.exp()).abs() < 1e-9, "{found}");
+        }
+        // On one text alone: from draws without it to draws of it.
+        let uneven = costs(&[(20.0, 10), (64.0, 20), (5.0, 1)]);
+        let (ratio, [low, high]) = uneven.perplexity_ratio(&plain);
+        assert!((ratio - (4.0f64 / 31.0).exp()).abs() < 1e-9, "{ratio}");
+        assert!(low == 1.0 && (high - 0.2f64.exp()).abs() < 1e-9, "{low} {high}");
     }
 }

@@ -20,6 +20,7 @@ mod measure;
 mod options;
 mod plans;
 mod sae;
+pub mod said;
 mod targeted;
 
 use std::time::Instant;
@@ -27,6 +28,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use model_hooks::HookPoint;
 use serde_json::json;
+use steering::{Judge, PhraseJudge};
 
 pub use options::{Options, Preset, Scale, TrainingScale};
 
@@ -39,23 +41,44 @@ use crate::sets::{arithmetic, dialogues, questions, sample};
 use crate::storage::write_whole;
 use asked::Asked;
 use chats::{Chats, Corpus, Dialogued};
-use evaluate::Led;
+use evaluate::{Evaluation, Led};
 use gate::Gate;
 use generator::Generator;
 use journal::Journal;
-use measure::{Measures, Questions};
+use measure::{Measures, Questions, Tasks};
 use plans::{Planner, Treatments};
+use said::Conversed;
 
 /// Where training and steering begin: position 0 carries an activation unlike all others.
 const FIRST_POSITION: usize = 1;
 /// Raised when what is kept in journals means something else.
 const JOURNAL_VERSION: u32 = 1;
 
-/// Runs the whole experiment and tells what it does on the way.
+/// What a run leaves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Findings {
+    /// Every row of the table, with what was run and how.
+    pub results: Results,
+    /// Every answer to a prompt.
+    pub generations: Vec<Generation>,
+    /// What was said besides.
+    pub conversations: Vec<Conversed>,
+}
+
+/// Runs the whole experiment and tells what it does on the way; refusals are what the calibrated
+/// phrases say.
 ///
 /// # Errors
 /// If something cannot be had, read or written, or does not fit.
-pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
+pub fn run(options: &Options) -> Result<Findings> {
+    run_judged(options, &PhraseJudge::calibrated())
+}
+
+/// The same, whoever judges.
+///
+/// # Errors
+/// Those of the judge, too.
+pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
     let start = Instant::now();
     let scale = options.scale()?;
     let preset = options.preset()?;
@@ -80,6 +103,8 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     check_lengths(&chats, &asked, &training.six_shot, config.n_ctx, scale.max_new_tokens)?;
     let corpus = chats.training_texts(&texts, &training, &scale, options.seed)?;
     let lessons = asked::lessons(options, &scale, &asked, &corpus.openings)?;
+    let (tasks, led) = (tasks(options, &scale)?, led(options, &scale)?);
+    let judged = options.sets.as_deref().map_or(Ok(Vec::new()), asked::judge)?;
     tell(&format!(
         "{} training texts with {} tokens, {} held-out texts",
         corpus.training.len(),
@@ -125,19 +150,19 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
     let generator = Generator::new(&loaded, &chats, &trained.sae, &journal);
     let planner = Planner::new(&loaded, &trained, point);
     let found =
-        find::find(&generator, &planner, &trained, &selection, point, &scale, options.seed)?;
+        find::find(&generator, &planner, judge, &trained, &selection, point, &scale, options.seed)?;
     tell(&found.summary(&trained));
 
     step("Generating answers");
-    let led = led(options, &scale)?;
     let treatments = Treatments { planner: &planner, found: &found, seed: options.seed };
-    let measures = measures(options, &scale, &generator, &corpus, &asked, &found.refusal_tokens)?;
+    let measures = measures(&scale, &generator, &corpus, &asked, &found.refusal_tokens, tasks)?;
     let evaluation = evaluate::evaluate(&evaluate::Setup {
         generator: &generator,
         treatments: &treatments,
         measures: &measures,
         led: &led,
         gate: &gate,
+        judge,
         six_shot: &training.six_shot,
         asked: &asked,
         asked_six_shot: &asked.at_most(scale.n_six_shot_prompts),
@@ -165,15 +190,16 @@ pub fn run(options: &Options) -> Result<(Results, Vec<Generation>)> {
             unsafe_prompts: asked.names(&[SetKind::Unsafe]),
             safe_prompts: asked.names(&[SetKind::LookAlike, SetKind::Ordinary]),
             sets: asked.summaries(),
-            judge: options.sets.as_deref().map_or(Ok(Vec::new()), asked::judge)?,
+            judge: judged,
             seconds: start.elapsed().as_secs_f64(),
         },
         headline: found.headline,
         conditional: Some(Treatment { condition: Condition::Probe, ..found.headline }),
-        rows: evaluation.rows,
-        examples: evaluation.examples,
+        rows: evaluation.rows.clone(),
+        examples: evaluation.examples.clone(),
     };
-    Ok((results, evaluation.generations))
+    let Evaluation { generations, conversations, .. } = evaluation;
+    Ok(Findings { results, generations, conversations })
 }
 
 /// What was made before with this model, on this device; told.
@@ -210,12 +236,12 @@ fn write_plans(options: &Options, treatments: &Treatments<'_>) -> Result<()> {
 
 /// What steering is measured on beside the prompts.
 fn measures<'a>(
-    options: &Options,
     scale: &Scale,
     generator: &'a Generator<'a>,
     corpus: &Corpus,
     asked: &Asked,
     refusal_tokens: &[u32],
+    tasks: Tasks,
 ) -> Result<Measures<'a>> {
     let tokens = |kind: SetKind| -> Result<Vec<Vec<u32>>> {
         let prompts = asked.first(kind, scale.n_measured_prompts);
@@ -225,6 +251,18 @@ fn measures<'a>(
         none if none.is_empty() => tokens(SetKind::LookAlike)?,
         ordinary => ordinary,
     };
+    Ok(Measures {
+        generator,
+        texts: perplexity_texts(corpus, scale.n_perplexity_tokens),
+        harmful: tokens(SetKind::Unsafe)?,
+        harmless,
+        refusal_tokens: refusal_tokens.to_vec(),
+        tasks,
+    })
+}
+
+/// Questions and word problems: the authors', or those of published sets.
+fn tasks(options: &Options, scale: &Scale) -> Result<Tasks> {
     let part = |questions: Vec<questions::Question>, n: usize| -> Vec<questions::Question> {
         let part = sample::of_all(questions.len(), n, options.seed);
         part.into_iter().map(|index| questions[index].clone()).collect()
@@ -249,21 +287,10 @@ fn measures<'a>(
             (sets, arithmetic::gsm8k(&folder.join("gsm8k/test.jsonl"))?, "GSM8K")
         }
     };
-    let problems = sample::of_all(problems.len(), scale.n_problems, options.seed)
-        .into_iter()
-        .map(|index| problems[index].clone())
-        .collect();
-    Ok(Measures {
-        generator,
-        texts: perplexity_texts(corpus, scale.n_perplexity_tokens),
-        harmful: tokens(SetKind::Unsafe)?,
-        harmless,
-        refusal_tokens: refusal_tokens.to_vec(),
-        questions,
-        problems,
-        problem_set: problem_set.into(),
-        problem_tokens: scale.problem_tokens,
-    })
+    let chosen = sample::of_all(problems.len(), scale.n_problems, options.seed);
+    let problems = chosen.into_iter().map(|index| problems[index].clone()).collect();
+    let (problem_set, problem_tokens) = (problem_set.into(), scale.problem_tokens);
+    Ok(Tasks { questions, problems, problem_set, problem_tokens })
 }
 
 /// Conversations that are led: the authors' ladders, and dialogues of a preference set.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use steering::Rate;
 
 use super::{SetError, read_json_lines, words};
@@ -27,7 +27,7 @@ pub enum Asking {
 }
 
 /// A problem, answered.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Solution {
     /// What was asked, as it was put.
     pub prompt: String,

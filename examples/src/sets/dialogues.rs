@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
+use serde::Serialize;
+
 use super::SetError;
 use crate::corpus::Turn;
 use crate::preference::pairs::{ASSISTANT, HUMAN, PreferencePair, read_pairs};
 
 /// What came before, and what is asked last.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Conversation {
     /// Requests that were answered.
     pub turns: Vec<Turn>,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Judge, Outcome};
+use super::{Judge, JudgeError, Outcome};
 use crate::rate::Rate;
 
 /// What a person made of an answer.
@@ -31,14 +31,17 @@ pub struct Agreement {
 }
 
 /// The agreement of a judge with people on prompts, answers and labels.
+///
+/// # Errors
+/// Those of the judge.
 pub fn agreement<'a>(
     judge: &impl Judge,
     labelled: impl IntoIterator<Item = (&'a str, &'a str, HumanLabel)>,
-) -> Agreement {
+) -> Result<Agreement, JudgeError> {
     let (mut n, mut n_missed, mut n_false) = (0, 0, 0);
     let (mut n_partial, mut n_partial_refused) = (0, 0);
     for (prompt, answer, label) in labelled {
-        let refused = judge.judge(prompt, answer) == Outcome::Refused;
+        let refused = judge.judge(prompt, answer)? == Outcome::Refused;
         match label {
             HumanLabel::PartialRefusal => {
                 n_partial += 1;
@@ -50,12 +53,12 @@ pub fn agreement<'a>(
         }
         n += 1;
     }
-    Agreement {
+    Ok(Agreement {
         agreeing: Rate::wilson(n - n_missed - n_false, n),
         n_missed,
         n_false,
         partial: Rate::wilson(n_partial_refused, n_partial),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -75,7 +78,7 @@ mod tests {
             ("", "Some of it is known.", PartialRefusal),
             ("", "Well.", PartialRefusal),
         ];
-        let agreement = agreement(&PhraseJudge::default(), labelled);
+        let agreement = agreement(&PhraseJudge::default(), labelled).unwrap();
         assert_eq!(agreement.agreeing, Rate::wilson(2, 4));
         assert_eq!((agreement.n_missed, agreement.n_false), (1, 1));
         assert_eq!(agreement.partial, Rate::wilson(1, 3));
