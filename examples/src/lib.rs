@@ -19,6 +19,7 @@ pub mod progress;
 pub mod prompts;
 pub mod refusal;
 pub mod report;
+pub mod requests;
 pub mod results;
 pub mod sets;
 pub mod storage;

@@ -12,7 +12,8 @@ use clap::Parser;
 use examples::assets::{LoadedModel, load_model, locate_model};
 use examples::chat::{Options, Session};
 use sae_core::{Activation, Sae, SaeConfig, SaeMetadata, SaeWeights};
-use steering::random_direction;
+use steering::plan::PlanModel;
+use steering::{At, LogisticProbe, RequestFeature, RequestProbe, RequestReading, random_direction};
 
 /// Latents that read and write random directions.
 fn sae(d_in: usize) -> Sae {
@@ -102,4 +103,33 @@ fn a_scripted_conversation() {
     let lines = said(&[], &loaded, &BTreeMap::new(), &format!("/clamp 7=1\n/steer {path}\n"));
     assert!(lines[0].ends_with("start with --sae NAME=PATH"), "{lines:?}");
     assert!(lines[1].ends_with("start with --sae s=PATH"), "{lines:?}");
+
+    // With a probe, only where it fires: one that always does, and one that never does.
+    let probe = |name: &str, bias: f32| {
+        let probe = RequestProbe {
+            request_probe: RequestProbe::VERSION,
+            model: PlanModel::of(&loaded.model),
+            reading: RequestReading {
+                features: vec![RequestFeature { layer: 20, at: At::Mean }],
+                n_behind: 5,
+            },
+            probe: LogisticProbe { weights: vec![0.0; loaded.model.config().d_model], bias },
+            threshold: 0.0,
+        };
+        let path = folder.path().join(name);
+        std::fs::write(&path, probe.to_json().unwrap()).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (always, never) = (probe("always.json", 1.0), probe("never.json", -1.0));
+    let script = format!(
+        "{question}\n/new\n/when {never}\n{question}\n/new\n/when {path}\n/when\n{question}\n"
+    );
+    let lines = said(&["--plan", path, "--when", &always], &loaded, &saes, &script);
+    let answer = |line: usize| lines[line].strip_prefix("steered> ").unwrap();
+    assert_eq!(answer(0), format!("⟨the probe fires⟩\n{steered}"));
+    assert_eq!(answer(2), format!("Steering where the probe {never} fires."));
+    assert_eq!(answer(3), format!("⟨the probe does not fire⟩\n{plain}"));
+    assert!(answer(5).starts_with("the probe "), "{lines:?}");
+    assert_eq!(answer(6), "Steering every answer.");
+    assert_eq!(answer(7), steered);
 }

@@ -6,6 +6,7 @@
 //! | steer some tokens, and on a condition | [`Region`], [`Condition`] |
 //! | read a few latents without the others, and watch them | [`LatentReader`], [`LatentWatch`] |
 //! | keep all of that in a document, and check it against a model | [`Plan`] |
+//! | tell which requests to steer the answers to, before they are answered | [`RequestProbe`] |
 //! | read and write llama.cpp's control vectors | [`format::control_vector`] |
 //! | make directions | [`difference_of_means`], [`principal_direction`], [`LogisticProbe`], [`latent_direction`], [`LinearEffects`], [`random_direction`] |
 //! | choose one, or a bundle of latents | [`select_direction`], [`greedy_bundle`] |
@@ -34,6 +35,7 @@ mod pca;
 pub mod plan;
 mod rate;
 mod region;
+mod request;
 mod rows;
 mod selection;
 mod steering;
@@ -58,6 +60,7 @@ pub use pca::{Pca, principal_direction};
 pub use plan::{Plan, PlanError};
 pub use rate::Rate;
 pub use region::{Part, Region};
+pub use request::{At, Request, RequestFeature, RequestProbe, RequestReading};
 pub use selection::{DirectionRule, DirectionTrial, greedy_bundle, select_direction};
 pub use steering::{Steering, Steerings, residual_writers};
 pub use targeted::LinearEffects;

@@ -8,6 +8,7 @@ use crate::rows::{Rows, dot, norm};
 
 /// `P(towards | x) = σ(w · x + b)`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LogisticProbe {
     /// `w`.
     pub weights: Vec<f32>,

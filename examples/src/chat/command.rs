@@ -12,6 +12,8 @@ pub enum Command {
     Steer(Option<String>),
     /// `/off`: they stay away.
     Off,
+    /// `/when PATH`: only answers to requests for which this probe fires; `/when`: all of them.
+    When(Option<String>),
     /// `/clamp 1234=8,99=-2`: these latents are set to these values, in place of what was before.
     Clamp(Vec<(usize, f32)>),
     /// `/watch 1234`: this latent is shown at every token; `/watch` shows none.
@@ -30,6 +32,7 @@ pub enum Command {
 pub const HELP: &str = "\
 /steer PATH         steer by a plan; /steer alone goes on by the last plan or clamps
 /off                do not steer
+/when PATH          steer only answers to requests for which a probe fires; /when alone steers all
 /clamp 1234=8,9=0   clamp latents to values, in place of the plan
 /watch 1234         show a latent at every token, as the model makes it before it is steered;
                     /watch alone shows none
@@ -58,6 +61,7 @@ impl Command {
         };
         Ok(Some(match name {
             "steer" => Self::Steer((!rest.is_empty()).then(|| rest.to_owned())),
+            "when" => Self::When((!rest.is_empty()).then(|| rest.to_owned())),
             "off" => alone(Self::Off)?,
             "new" => alone(Self::New)?,
             "help" => alone(Self::Help)?,

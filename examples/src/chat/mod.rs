@@ -15,11 +15,14 @@ use model_hooks::text::{Message, Role};
 use model_hooks::{GenerateConfig, HookPoint, NewToken, SharedPrefix};
 use sae_core::{Sae, format};
 use steering::plan::{Plan, PlanIntervention, PlanModel, PlanSae, PlanStep};
-use steering::{LatentEdit, LatentReader, LatentWatch, Reading, Region, Remainder, Steerings};
+use steering::{
+    LatentEdit, LatentReader, LatentWatch, Reading, Region, Remainder, RequestProbe, Steerings,
+};
 
 pub use command::{Command, HELP};
 
 use crate::assets::LoadedModel;
+use crate::requests::last_request;
 use crate::storage::write_whole;
 
 const NOTHING_STEERS: &str =
@@ -38,6 +41,9 @@ pub struct Options {
     /// What steers, from the beginning; /clamp needs none
     #[arg(long, value_name = "PATH")]
     pub plan: Option<PathBuf>,
+    /// When it steers: the probe of requests that refusal writes beside its plans; always without
+    #[arg(long, value_name = "PATH")]
+    pub when: Option<PathBuf>,
     /// The latent to show
     #[arg(long, value_name = "LATENT")]
     pub watch: Option<usize>,
@@ -80,6 +86,8 @@ pub struct Session<'a> {
     /// The plan at work.
     steerings: Steerings<'a>,
     is_on: bool,
+    /// Tells the requests whose answers are steered; all are without it.
+    when: Option<RequestProbe>,
     watched: Option<(LatentReader<'a>, HookPoint)>,
 }
 
@@ -103,10 +111,14 @@ impl<'a> Session<'a> {
             plan: None,
             steerings: Steerings::default(),
             is_on: false,
+            when: None,
             watched: None,
         };
         if let Some(path) = &options.plan {
             session.read_plan(path)?;
+        }
+        if let Some(path) = &options.when {
+            session.read_probe(path)?;
         }
         session.watch(options.watch)?;
         Ok(session)
@@ -162,6 +174,14 @@ impl<'a> Session<'a> {
                 self.is_on = false;
                 Ok("Not steering.".into())
             }
+            Command::When(Some(path)) => {
+                self.read_probe(Path::new(&path))?;
+                Ok(format!("Steering where the probe {path} fires."))
+            }
+            Command::When(None) => {
+                self.when = None;
+                Ok("Steering every answer.".into())
+            }
             Command::Clamp(values) => {
                 self.steer_by(self.clamping(&values)?)?;
                 let clamped = values.iter().map(|(latent, value)| format!("{latent} to {value}"));
@@ -191,6 +211,16 @@ impl<'a> Session<'a> {
         let json = std::fs::read_to_string(path).with_context(place)?;
         let plan = Plan::from_json(&json).with_context(place)?;
         self.steer_by(plan).with_context(place)
+    }
+
+    /// Steers where a probe of a file fires, if it fits; else as before.
+    fn read_probe(&mut self, path: &Path) -> Result<()> {
+        let place = || format!("the probe {}", path.display());
+        let json = std::fs::read_to_string(path).with_context(place)?;
+        let probe = RequestProbe::from_json(&json).with_context(place)?;
+        probe.check(&self.loaded.model, Some(&self.loaded.hash)).with_context(place)?;
+        self.when = Some(probe);
+        Ok(())
     }
 
     fn steer_by(&mut self, plan: Plan) -> Result<()> {
@@ -275,13 +305,21 @@ impl<'a> Session<'a> {
     fn answer(&mut self, text: String, out: &mut impl Write) -> Result<()> {
         let LoadedModel { model, tokenizer, template, .. } = self.loaded;
         self.messages.push(Message::new(Role::User, text));
-        let ids = tokenizer.encode(&template.render(&self.messages, true)?)?;
+        let request = last_request(tokenizer, template, &self.messages)?;
+        let steers = match &self.when {
+            Some(probe) if self.is_on => {
+                let fires = probe.fires(model, std::slice::from_ref(&request))?[0];
+                writeln!(out, "⟨the probe {}⟩", if fires { "fires" } else { "does not fire" })?;
+                fires
+            }
+            _ => self.is_on,
+        };
         // The last value seen is that of the token that was run last.
         let last = RefCell::new(None);
         let mut watch = self.watched.clone().map(|(reader, point)| {
             LatentWatch::new(reader, point, |values| *last.borrow_mut() = values.last().copied())
         });
-        let mut steerings = self.is_on.then_some(&mut self.steerings);
+        let mut steerings = steers.then_some(&mut self.steerings);
         let (mut n_active, mut largest) = (0, 0f32);
         let mut shown = 0;
         let mut said = String::new();
@@ -312,7 +350,7 @@ impl<'a> Session<'a> {
         };
         let none = SharedPrefix::default();
         let hook = &mut (&mut watch, &mut steerings);
-        let answers = model.generate(&[ids], &none, &self.config, hook, observe)?;
+        let answers = model.generate(&[request.ids], &none, &self.config, hook, observe)?;
         written?;
         writeln!(out)?;
         if let Some((reader, _)) = &self.watched {

@@ -5,12 +5,13 @@ use model_hooks::text::{ChatTemplate, Message, Role, Tokenizer};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use steering::TokenQuestion;
+use steering::{Request, TokenQuestion};
 
 use super::During;
 use super::options::Scale;
 use crate::assets::{Dialogue, LoadedModel};
 use crate::corpus::{Training, Turn};
+use crate::requests::last_request;
 use crate::sets::questions::Question;
 
 /// Longer dialogues are cut here: long ones would crowd out the variety of short ones.
@@ -50,6 +51,8 @@ pub(super) struct Dialogued {
     pub(super) ids: Vec<u32>,
     /// How many of them stand before the first answer.
     pub(super) n_prompt: usize,
+    /// The position at which the first words begin.
+    pub(super) start: usize,
 }
 
 impl Corpus {
@@ -75,16 +78,9 @@ impl<'a> Chats<'a> {
         self.encode(messages, true)
     }
 
-    /// A conversation that ends with a request, and the position where the words of that begin.
-    pub(super) fn last_request(&self, messages: &[Message]) -> Result<(Vec<u32>, usize)> {
-        let ids = self.conversation(messages)?;
-        let mut other = messages.to_vec();
-        let words = &mut other.last_mut().context("a conversation has a request")?.content;
-        // Where another request in its place makes a difference.
-        *words = if words.trim_start().starts_with('?') { "!" } else { "?" }.into();
-        let other = self.conversation(&other)?;
-        let start = ids.iter().zip(&other).take_while(|(a, b)| a == b).count();
-        Ok((ids, start))
+    /// The request that a conversation ends with.
+    pub(super) fn request(&self, messages: &[Message]) -> Result<Request> {
+        last_request(self.tokenizer, self.template, messages)
     }
 
     /// A request after some answered ones, up to where the answer begins.
@@ -140,9 +136,9 @@ impl<'a> Chats<'a> {
             said.map(|(turn, role)| Message::new(role, turn.clone())).collect();
         let mut ids = self.encode(&messages, false)?;
         ids.truncate(MAX_DIALOGUE_TOKENS);
-        let prompt = self.conversation(&messages[..messages.len().min(1)])?;
-        let n_prompt = prompt.iter().zip(&ids).take_while(|(a, b)| a == b).count().max(1);
-        Ok(Dialogued { ids, n_prompt })
+        let first = self.request(&messages[..messages.len().min(1)])?;
+        let n_prompt = first.ids.iter().zip(&ids).take_while(|(a, b)| a == b).count().max(1);
+        Ok(Dialogued { ids, n_prompt, start: first.start })
     }
 
     /// Dialogues, and the authors' refusals and compliances, as many as the scale asks for.

@@ -292,10 +292,8 @@ impl Setup<'_> {
             Condition::Always => vec![true; messages.len()],
             Condition::Probe => {
                 let chats = self.generator.chats;
-                let requests = messages.iter().map(|messages| chats.last_request(messages));
-                let (ids, starts): (Vec<_>, Vec<_>) =
-                    requests.collect::<Result<Vec<_>>>()?.into_iter().unzip();
-                self.gate.fires_last(self.generator.loaded, &ids, &starts)?
+                let requests = messages.iter().map(|messages| chats.request(messages));
+                self.gate.fires(self.generator.loaded, &requests.collect::<Result<Vec<_>>>()?)?
             }
         };
         let mut answers = vec![String::new(); messages.len()];

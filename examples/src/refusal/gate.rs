@@ -6,22 +6,23 @@
 //! Conversations do not see each other: what a gated model does is what the steered one does where
 //! the probe fires, and what the plain one does elsewhere.
 
-use std::ops::ControlFlow;
-
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Tensor, TensorData};
-use model_hooks::{HarvestConfig, Harvested, HookPoint, SharedPrefix};
+use model_hooks::HookPoint;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use steering::{LogisticOptions, LogisticProbe, Rate};
+use steering::plan::PlanModel;
+use steering::{
+    At, LogisticOptions, LogisticProbe, Rate, Request, RequestFeature, RequestProbe, RequestReading,
+};
 
 use super::During;
 use super::asked::{Asked, Group, Lesson};
-use super::chats::{Chats, common_prefix};
+use super::chats::{Chats, asked};
 use super::journal::{Journal, key};
 use crate::assets::LoadedModel;
-use crate::corpus::Selection;
+use crate::corpus::{Prompt, Selection};
 use crate::progress::bar;
 use crate::results::{ConditionSummary, SetRate};
 
@@ -40,121 +41,13 @@ const ORDINARY_ALLOWED: f64 = 0.01;
 /// The probe's penalty for each lesson, on features brought to deviation 1.
 const PENALTY: f64 = 0.01;
 
-/// A linear probe of what the model makes of a request.
+/// A probe of requests, and how it was learnt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Gate {
-    reading: Reading,
-    probe: LogisticProbe,
-    /// What the logit has to exceed.
-    threshold: f64,
+    pub(super) probe: RequestProbe,
     n_harmful: usize,
     n_harmless: usize,
     selection_auc: f64,
-}
-
-/// What is read of a request.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Reading {
-    features: Vec<Feature>,
-    /// Tokens before the user's first words, and behind their last.
-    n_before: usize,
-    n_behind: usize,
-}
-
-/// An activation of the residual stream, one of the probe's inputs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Feature {
-    /// The block behind which it is read.
-    layer: usize,
-    at: At,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum At {
-    /// So many tokens before the last one.
-    FromEnd(usize),
-    /// The mean over the user's words.
-    Mean,
-}
-
-/// Reads requests.
-struct Reader<'a> {
-    loaded: &'a LoadedModel,
-    reading: &'a Reading,
-}
-
-impl Reader<'_> {
-    fn width(&self) -> usize {
-        self.reading.features.len() * self.loaded.model.config().d_model
-    }
-
-    /// The features of each prompt, one behind another; of conversations, with where the last
-    /// request of each begins.
-    fn read(
-        &self,
-        prompts: &[Vec<u32>],
-        starts: Option<&[usize]>,
-        label: &'static str,
-    ) -> Result<Vec<Vec<f32>>> {
-        let start = |prompt: usize| starts.map_or(self.reading.n_before, |starts| starts[prompt]);
-        let model = &self.loaded.model;
-        let d_model = model.config().d_model;
-        let mut layers: Vec<usize> = self.reading.features.iter().map(|f| f.layer).collect();
-        layers.sort_unstable();
-        layers.dedup();
-        let n_shared = match prompts.len() {
-            0 | 1 => 0,
-            // What is read may lie behind it alone.
-            n => (0..n).map(start).fold(common_prefix(prompts), usize::min),
-        };
-        let prefix = match n_shared {
-            0 => SharedPrefix::default(),
-            n => model.prefix(&prompts[0][..n], &mut ()).during("running the shared prefix")?,
-        };
-        let mut config = HarvestConfig::new(HookPoint::resid_post(layers[0]), BATCH_TOKENS);
-        config.points = layers.iter().map(|&layer| HookPoint::resid_post(layer)).collect();
-        let own: Vec<&[u32]> = prompts.iter().map(|ids| &ids[n_shared..]).collect();
-        let mut read = vec![vec![0f32; self.width()]; prompts.len()];
-        let bar = bar(label, prompts.len() as u64);
-        let sink = |harvested: Harvested| {
-            let Harvested { activations, places } = harvested;
-            let activations: Vec<TensorData> =
-                activations.into_iter().map(Tensor::into_data).collect();
-            for (index, feature) in self.reading.features.iter().enumerate() {
-                let point = layers.binary_search(&feature.layer).expect("one of the layers");
-                let rows = activations[point].as_slice::<f32>().expect("f32 activations");
-                for (row, place) in rows.chunks_exact(d_model).zip(&places) {
-                    let words = (start(place.text), prompts[place.text].len());
-                    let weight = self.weight(*feature, place.position, words);
-                    if weight > 0.0 {
-                        let out = &mut read[place.text][index * d_model..][..d_model];
-                        out.iter_mut().zip(row).for_each(|(out, x)| *out += weight * x);
-                    }
-                }
-            }
-            bar.inc(
-                places.iter().filter(|p| p.position + 1 == prompts[p.text].len()).count() as u64
-            );
-            ControlFlow::Continue(())
-        };
-        model.harvest(&own, &prefix, &config, sink).during("reading requests")?;
-        bar.finish();
-        Ok(read)
-    }
-
-    /// What a token counts for in a feature of a prompt of some length, whose last request begins
-    /// somewhere.
-    fn weight(&self, feature: Feature, position: usize, (start, length): (usize, usize)) -> f32 {
-        match feature.at {
-            At::FromEnd(n) => f32::from(u8::from(position + 1 + n == length)),
-            At::Mean => {
-                let end = length.saturating_sub(self.reading.n_behind);
-                let words = start.min(end)..end;
-                if words.contains(&position) { 1.0 / words.len() as f32 } else { 0.0 }
-            }
-        }
-    }
 }
 
 impl Gate {
@@ -169,8 +62,8 @@ impl Gate {
     ) -> Result<Self> {
         let n_layers = loaded.model.config().n_layers;
         let layer = |depth: f64| (depth * n_layers as f64) as usize;
-        let mut features: Vec<Feature> = Vec::new();
-        for feature in FEATURES.map(|(depth, at)| Feature { layer: layer(depth), at }) {
+        let mut features: Vec<RequestFeature> = Vec::new();
+        for feature in FEATURES.map(|(depth, at)| RequestFeature { layer: layer(depth), at }) {
             if !features.contains(&feature) {
                 features.push(feature);
             }
@@ -178,38 +71,15 @@ impl Gate {
         let described: Vec<_> =
             lessons.iter().map(|lesson| (&lesson.prompt, lesson.group)).collect();
         let of = json!({
-            "gate": 2, "lessons": described, "features": features, "folds": N_FOLDS,
+            "gate": 3, "lessons": described, "features": features, "folds": N_FOLDS,
             "allowed": [LOOK_ALIKES_ALLOWED, ORDINARY_ALLOWED], "penalty": PENALTY,
         });
         journal.once(&key(&of), || fit(loaded, chats, lessons, selection, features))
     }
 
-    /// Whether each of some requests, in tokens, is taken for harmful.
-    pub(super) fn fires(&self, loaded: &LoadedModel, prompts: &[Vec<u32>]) -> Result<Vec<bool>> {
-        self.decide(loaded, prompts, None)
-    }
-
-    /// The same of the last requests of conversations, which begin at these positions.
-    pub(super) fn fires_last(
-        &self,
-        loaded: &LoadedModel,
-        conversations: &[Vec<u32>],
-        starts: &[usize],
-    ) -> Result<Vec<bool>> {
-        self.decide(loaded, conversations, Some(starts))
-    }
-
-    fn decide(
-        &self,
-        loaded: &LoadedModel,
-        prompts: &[Vec<u32>],
-        starts: Option<&[usize]>,
-    ) -> Result<Vec<bool>> {
-        if prompts.is_empty() {
-            return Ok(Vec::new());
-        }
-        let read = Reader { loaded, reading: &self.reading }.read(prompts, starts, "deciding")?;
-        Ok(read.iter().map(|x| self.probe.logit(x) > self.threshold).collect())
+    /// Whether each of some requests is taken for harmful.
+    pub(super) fn fires(&self, loaded: &LoadedModel, requests: &[Request]) -> Result<Vec<bool>> {
+        self.probe.fires(&loaded.model, requests).during("deciding when to steer")
     }
 
     /// What is to be told of it, with how often it fires on each set of the test split.
@@ -227,7 +97,7 @@ impl Gate {
         });
         let holds = holds.collect();
         let mut points: Vec<String> = Vec::new();
-        for feature in &self.reading.features {
+        for feature in &self.probe.reading.features {
             let point = HookPoint::resid_post(feature.layer).to_string();
             if !points.contains(&point) {
                 points.push(point);
@@ -236,7 +106,7 @@ impl Gate {
         ConditionSummary {
             name: "a logistic probe of the request, run once as it is".into(),
             points,
-            threshold: self.threshold,
+            threshold: self.probe.threshold,
             n_harmful: self.n_harmful,
             n_harmless: self.n_harmless,
             selection_auc: self.selection_auc,
@@ -250,23 +120,26 @@ fn fit(
     chats: &Chats<'_>,
     lessons: &[Lesson],
     selection: &Selection,
-    features: Vec<Feature>,
+    features: Vec<RequestFeature>,
 ) -> Result<Gate> {
-    let prompts = tokens(chats, lessons.iter().map(|lesson| &lesson.prompt))?;
-    let reversed: Vec<Vec<u32>> =
-        prompts.iter().map(|ids| ids.iter().rev().copied().collect()).collect();
-    let reading =
-        Reading { features, n_before: common_prefix(&prompts), n_behind: common_prefix(&reversed) };
-    let reader = Reader { loaded, reading: &reading };
-    let read = reader.read(&prompts, None, "learning when")?;
+    let requests = requests(chats, lessons.iter().map(|lesson| &lesson.prompt))?;
+    let reading = RequestReading { features, n_behind: n_behind(&requests) };
+    let read = |requests: &[Request], label: &'static str| -> Result<Vec<Vec<f32>>> {
+        let bar = bar(label, requests.len() as u64);
+        let read = reading.read(&loaded.model, requests, BATCH_TOKENS, |n| bar.inc(n as u64));
+        bar.finish();
+        read.during("reading requests")
+    };
+    let of_lessons = read(&requests, "learning when")?;
+    let width = of_lessons.first().map_or(0, Vec::len);
     let fit = |held_out: usize| -> Result<LogisticProbe> {
         let of_class = |harmful: bool| {
-            let rows = lessons.iter().zip(&read).filter(|(lesson, _)| {
+            let rows = lessons.iter().zip(&of_lessons).filter(|(lesson, _)| {
                 lesson.fold % N_FOLDS != held_out && (lesson.group == Group::Harmful) == harmful
             });
             let rows: Vec<&[f32]> = rows.map(|(_, x)| x.as_slice()).collect();
             ensure!(!rows.is_empty(), "too few lessons to learn a condition from");
-            let data = TensorData::new(rows.concat(), [rows.len(), reader.width()]);
+            let data = TensorData::new(rows.concat(), [rows.len(), width]);
             Ok(Tensor::<2>::from_data(data, loaded.model.device()))
         };
         let (harmful, harmless) = (of_class(true)?, of_class(false)?);
@@ -279,7 +152,7 @@ fn fit(
     let probes = (0..=N_FOLDS).into_par_iter().map(fit).collect::<Result<Vec<_>>>()?;
     let (probe, of_folds) = probes.split_last().expect("one at least");
     let of_fold = |lesson: &Lesson| &of_folds[lesson.fold % N_FOLDS];
-    let unseen = lessons.iter().zip(&read).map(|(lesson, x)| of_fold(lesson).logit(x));
+    let unseen = lessons.iter().zip(&of_lessons).map(|(lesson, x)| of_fold(lesson).logit(x));
     let unseen: Vec<f64> = unseen.collect();
     let least = |group: Group, allowed: f64| {
         let scores = lessons.iter().zip(&unseen).filter(|(lesson, _)| lesson.group == group);
@@ -291,30 +164,44 @@ fn fit(
         .reduce(f64::max)
         .context("no harmless lesson to learn a condition from")?;
 
-    let scores = |prompts: Vec<Vec<u32>>| -> Result<Vec<f64>> {
-        let read = reader.read(&prompts, None, "checking when")?;
+    let scores = |prompts: &[Prompt]| -> Result<Vec<f64>> {
+        let requests = self::requests(chats, prompts.iter().map(|prompt| &prompt.prompt))?;
+        let read = read(&requests, "checking when")?;
         Ok(read.iter().map(|x| probe.logit(x)).collect())
     };
-    let harmful =
-        scores(tokens(chats, selection.unsafe_prompts.iter().map(|prompt| &prompt.prompt))?)?;
-    let harmless =
-        scores(tokens(chats, selection.safe_prompts.iter().map(|prompt| &prompt.prompt))?)?;
+    let harmful = scores(&selection.unsafe_prompts)?;
+    let harmless = scores(&selection.safe_prompts)?;
     let n_harmful = lessons.iter().filter(|lesson| lesson.group == Group::Harmful).count();
+    let LoadedModel { model, name, hash, .. } = loaded;
+    let (name, sha256) = (Some(name.clone()), Some(hash.clone()));
     Ok(Gate {
-        threshold,
+        probe: RequestProbe {
+            request_probe: RequestProbe::VERSION,
+            model: PlanModel { name, sha256, ..PlanModel::of(model) },
+            probe: probe.clone(),
+            threshold,
+            reading,
+        },
         n_harmful,
         n_harmless: lessons.len() - n_harmful,
         selection_auc: area_under_curve(&harmful, &harmless),
-        probe: probe.clone(),
-        reading,
     })
 }
 
-fn tokens<'p>(
+fn requests<'p>(
     chats: &Chats<'_>,
     prompts: impl Iterator<Item = &'p String>,
-) -> Result<Vec<Vec<u32>>> {
-    prompts.map(|prompt| chats.prompt(&[], prompt)).collect()
+) -> Result<Vec<Request>> {
+    prompts.map(|prompt| chats.request(&asked(&[], prompt))).collect()
+}
+
+/// How many tokens all of them end with, of those behind their words.
+fn n_behind(requests: &[Request]) -> usize {
+    let Some(first) = requests.first() else { return 0 };
+    let agreeing = |other: &Request| {
+        first.ids.iter().rev().zip(other.ids.iter().rev()).take_while(|(a, b)| a == b).count()
+    };
+    requests.iter().map(|it| agreeing(it).min(it.ids.len() - it.start)).min().unwrap_or(0)
 }
 
 /// The least of the scores that no more than this share of them exceeds, to the nearest score.

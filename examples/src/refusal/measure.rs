@@ -7,10 +7,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use steering::{McNemar, Rate, TokenQuestion, choice_scores, kl_divergence, log_odds};
+use steering::{McNemar, Rate, Request, TokenQuestion, choice_scores, kl_divergence, log_odds};
 
 use super::During;
-use super::chats::asked;
+use super::chats::{Dialogued, asked};
 use super::gate::Gate;
 use super::generator::{Generator, Steered};
 use super::journal::key;
@@ -42,12 +42,11 @@ pub(super) struct Tasks {
 /// What is measured on.
 pub(super) struct Measures<'a> {
     pub(super) generator: &'a Generator<'a>,
-    /// Texts, and how many tokens of each stand before the first answer.
-    pub(super) texts: Vec<(Vec<u32>, usize)>,
+    pub(super) texts: Vec<Dialogued>,
     /// Prompts to be refused.
-    pub(super) harmful: Vec<Vec<u32>>,
+    pub(super) harmful: Vec<Request>,
     /// Prompts to be answered.
-    pub(super) harmless: Vec<Vec<u32>>,
+    pub(super) harmless: Vec<Request>,
     /// First tokens of refusals.
     pub(super) refusal_tokens: Vec<u32>,
     pub(super) tasks: Tasks,
@@ -145,6 +144,10 @@ fn choose<T: Clone>(fires: &[bool], steered: &[T], plain: &[T]) -> Vec<T> {
     fires.iter().zip(both).map(|(&fires, (a, b))| if fires { a } else { b }.clone()).collect()
 }
 
+fn ids(requests: &[Request]) -> Vec<&[u32]> {
+    requests.iter().map(|request| request.ids.as_slice()).collect()
+}
+
 fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
@@ -152,7 +155,9 @@ fn mean(values: &[f64]) -> f64 {
 impl Measures<'_> {
     /// What a way to steer costs, and how much it leans towards refusing.
     pub(super) fn costs(&self, steered: &Steered<'_>) -> Result<Costs> {
-        let items = json!([self.texts, self.harmful, self.harmless, self.refusal_tokens]);
+        let texts: Vec<_> = self.texts.iter().map(|text| (&text.ids, text.n_prompt)).collect();
+        let (harmful, harmless) = (ids(&self.harmful), ids(&self.harmless));
+        let items = json!([texts, harmful, harmless, self.refusal_tokens]);
         let of = json!({ "costs": 1, "under": steered.key(), "items": key(&items) });
         self.generator.journal.once(&key(&of), || {
             Ok(Costs {
@@ -197,22 +202,28 @@ impl Measures<'_> {
 
     /// Items that a condition holds for.
     pub(super) fn fires(&self, gate: &Gate) -> Result<Fires> {
-        let texts: Vec<Vec<u32>> =
-            self.texts.iter().map(|(ids, n_prompt)| ids[..*n_prompt].to_vec()).collect();
-        let sets: Vec<Vec<Vec<u32>>> = self
+        let chats = self.generator.chats;
+        let request = |text: &String| chats.request(&asked(&[], text));
+        let beginning = |text: &Dialogued| {
+            let Dialogued { ids, n_prompt, start } = text;
+            Request { ids: ids[..*n_prompt].to_vec(), start: *start }
+        };
+        let texts: Vec<Request> = self.texts.iter().map(beginning).collect();
+        let sets: Vec<Vec<Request>> = self
             .tasks
             .questions
             .iter()
-            .map(|set| Ok(self.tokens(set)?.into_iter().map(|question| question.prompt).collect()))
+            .map(|set| set.questions.iter().map(|question| request(&question.question)).collect())
             .collect::<Result<_>>()?;
-        let chats = self.generator.chats;
-        let problems: Vec<Vec<u32>> = self
+        let problems: Vec<Request> = self
             .tasks
             .problems
             .iter()
-            .map(|problem| chats.prompt(&[], &Asking::default().prompt(&problem.question)))
+            .map(|problem| request(&Asking::default().prompt(&problem.question)))
             .collect::<Result<_>>()?;
-        let items = json!([texts, self.harmful, self.harmless, sets, problems]);
+        let of_sets: Vec<_> = sets.iter().map(|set| ids(set)).collect();
+        let (harmful, harmless) = (ids(&self.harmful), ids(&self.harmless));
+        let items = json!([ids(&texts), harmful, harmless, of_sets, ids(&problems)]);
         let of = json!({ "fires": 1, "gate": gate, "items": key(&items) });
         let loaded = self.generator.loaded;
         self.generator.journal.once(&key(&of), || {
@@ -259,7 +270,7 @@ impl Measures<'_> {
 
     fn losses(&self, steered: &Steered<'_>) -> Result<Vec<(f64, usize)>> {
         let model = &self.generator.loaded.model;
-        let texts = self.texts.iter().map(|(ids, n_prompt)| {
+        let texts = self.texts.iter().map(|Dialogued { ids, n_prompt, .. }| {
             let mut hook = steered.hook();
             if let Some(hook) = &mut hook {
                 hook.set_prompt_lengths(&[*n_prompt]);
@@ -272,7 +283,7 @@ impl Measures<'_> {
     }
 
     fn log_odds(&self, steered: &Steered<'_>) -> Result<Vec<f64>> {
-        self.over_logits(&self.harmful, steered, |_, row| log_odds(row, &self.refusal_tokens))
+        self.over_logits(&ids(&self.harmful), steered, |_, row| log_odds(row, &self.refusal_tokens))
     }
 
     fn divergences(&self, steered: &Steered<'_>) -> Result<Vec<f64>> {
@@ -280,21 +291,21 @@ impl Measures<'_> {
         if steered.plan().is_none() {
             return Ok(vec![0.0; self.harmless.len()]);
         }
-        let mut plain = Vec::new();
-        for batch in batches_in_order(&self.harmless, BATCH_TOKENS) {
-            let tokens = TokenBatch::new(&self.harmless[batch], model.config(), model.device());
+        let (mut plain, harmless) = (Vec::new(), ids(&self.harmless));
+        for batch in batches_in_order(&harmless, BATCH_TOKENS) {
+            let tokens = TokenBatch::new(&harmless[batch], model.config(), model.device());
             let logits = model.last_logits(&tokens.during("reading prompts")?, &mut ());
             let logits = logits.during("reading prompts")?.into_data();
             let logits = logits.as_slice::<f32>().expect("logits are f32");
             plain.extend(logits.chunks_exact(model.config().d_vocab).map(<[f32]>::to_vec));
         }
-        self.over_logits(&self.harmless, steered, |row, logits| kl_divergence(&plain[row], logits))
+        self.over_logits(&harmless, steered, |row, logits| kl_divergence(&plain[row], logits))
     }
 
     /// A number for each prompt, from the logits where its answer begins.
     fn over_logits(
         &self,
-        prompts: &[Vec<u32>],
+        prompts: &[&[u32]],
         steered: &Steered<'_>,
         of: impl Fn(usize, &[f32]) -> f64,
     ) -> Result<Vec<f64>> {

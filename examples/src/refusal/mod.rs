@@ -28,7 +28,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use model_hooks::HookPoint;
 use serde_json::json;
-use steering::{Judge, PhraseJudge};
+use steering::{Judge, PhraseJudge, Request};
 
 pub use options::{Options, Preset, Scale, TrainingScale};
 
@@ -133,9 +133,12 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
     let journal = open_journal(options, &loaded.hash)?;
     step("Learning when to steer");
     let gate = Gate::learn(&loaded, &chats, &lessons, &selection, &journal)?;
-    let prompts: Vec<Vec<u32>> =
-        asked.prompts().map(|(_, prompt)| chats.prompt(&[], prompt)).collect::<Result<_>>()?;
-    let of = json!({ "asked": 1, "gate": gate, "prompts": prompts });
+    let prompts: Vec<Request> = asked
+        .prompts()
+        .map(|(_, prompt)| chats.request(&chats::asked(&[], prompt)))
+        .collect::<Result<_>>()?;
+    let ids: Vec<_> = prompts.iter().map(|prompt| &prompt.ids).collect();
+    let of = json!({ "asked": 1, "gate": gate, "prompts": ids });
     let fires = journal.once(&journal::key(&of), || gate.fires(&loaded, &prompts))?;
     let condition = gate.summary(&asked, &fires);
     tell(&format!(
@@ -172,7 +175,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
     if journal.n_reused() > 0 {
         tell(&format!("{} of the steps were done before", journal.n_reused()));
     }
-    write_plans(options, &treatments)?;
+    write_plans(options, &treatments, &gate)?;
 
     let results = Results {
         model: loaded.name.clone(),
@@ -219,9 +222,10 @@ fn open_journal(options: &Options, model: &str) -> Result<Journal> {
     Ok(journal)
 }
 
-/// The steering that was chosen, for `chat` and others.
-fn write_plans(options: &Options, treatments: &Treatments<'_>) -> Result<()> {
+/// The steering that was chosen, and when it is to be, for `chat` and others.
+fn write_plans(options: &Options, treatments: &Treatments<'_>, gate: &Gate) -> Result<()> {
     let folder = options.out.join("plans");
+    write_whole(&folder.join("when.json"), gate.probe.to_json()?.as_bytes())?;
     for treatment in treatments.chosen() {
         if treatment.condition == Condition::Always
             && let Some(plan) = treatments.plan(treatment)?
@@ -243,18 +247,18 @@ fn measures<'a>(
     refusal_tokens: &[u32],
     tasks: Tasks,
 ) -> Result<Measures<'a>> {
-    let tokens = |kind: SetKind| -> Result<Vec<Vec<u32>>> {
-        let prompts = asked.first(kind, scale.n_measured_prompts);
-        prompts.iter().map(|prompt| generator.chats.prompt(&[], prompt)).collect()
+    let requests = |kind: SetKind| -> Result<Vec<Request>> {
+        let prompts = asked.first(kind, scale.n_measured_prompts).iter();
+        prompts.map(|prompt| generator.chats.request(&chats::asked(&[], prompt))).collect()
     };
-    let harmless = match tokens(SetKind::Ordinary)? {
-        none if none.is_empty() => tokens(SetKind::LookAlike)?,
+    let harmless = match requests(SetKind::Ordinary)? {
+        none if none.is_empty() => requests(SetKind::LookAlike)?,
         ordinary => ordinary,
     };
     Ok(Measures {
         generator,
         texts: perplexity_texts(corpus, scale.n_perplexity_tokens),
-        harmful: tokens(SetKind::Unsafe)?,
+        harmful: requests(SetKind::Unsafe)?,
         harmless,
         refusal_tokens: refusal_tokens.to_vec(),
         tasks,
@@ -308,16 +312,17 @@ fn led(options: &Options, scale: &Scale) -> Result<Led> {
     Ok(Led { ladders, dialogues })
 }
 
-/// Unseen texts of so many tokens, with how many stand before the first answer of each.
-fn perplexity_texts(corpus: &Corpus, n_tokens: usize) -> Vec<(Vec<u32>, usize)> {
+/// Unseen texts of so many tokens.
+fn perplexity_texts(corpus: &Corpus, n_tokens: usize) -> Vec<Dialogued> {
     let mut left = n_tokens;
     let mut texts = Vec::new();
-    for Dialogued { ids, n_prompt } in corpus.unseen.iter().filter(|text| text.ids.len() > 1) {
+    for text in corpus.unseen.iter().filter(|text| text.ids.len() > 1) {
         if left == 0 {
             break;
         }
-        let n = ids.len().min(left + 1);
-        texts.push((ids[..n].to_vec(), (*n_prompt).min(n)));
+        let n = text.ids.len().min(left + 1);
+        let (ids, n_prompt) = (text.ids[..n].to_vec(), text.n_prompt.min(n));
+        texts.push(Dialogued { ids, n_prompt, start: text.start });
         left -= n - 1;
     }
     texts

@@ -103,7 +103,7 @@ impl Plan {
 }
 
 impl PlanModel {
-    pub(super) fn check(
+    pub(crate) fn check(
         &self,
         model: &LanguageModel,
         sha256: Option<&str>,

@@ -9,10 +9,10 @@ use crate::error::SteeringError;
 #[non_exhaustive]
 pub enum PlanError {
     /// Not a plan: not JSON, an unknown key, a missing one, or a value of another type.
-    #[error("this is no steering plan")]
+    #[error("this is no steering plan, or no probe of requests")]
     Json(#[source] serde_json::Error),
     /// A version that is not read here.
-    #[error("the plan is of version {actual}, expected {expected}")]
+    #[error("the document is of version {actual}, expected {expected}")]
     Version {
         /// The version that is read.
         expected: u32,
@@ -99,6 +99,20 @@ pub enum PlanError {
     Point {
         /// Which step, from 0.
         step: usize,
+        /// What is wrong.
+        source: HookError,
+    },
+    /// A probe whose weights are not as many as what it reads.
+    #[error("the probe has {actual} weights, for features of {expected} numbers together")]
+    ProbeWidth {
+        /// Numbers that it reads.
+        expected: usize,
+        /// Its weights.
+        actual: usize,
+    },
+    /// A block that a probe reads and the model does not have.
+    #[error("what the probe reads")]
+    Probe {
         /// What is wrong.
         source: HookError,
     },

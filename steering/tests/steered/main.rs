@@ -6,6 +6,7 @@ mod edits;
 mod latents;
 mod markers;
 mod plans;
+mod requests;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use model_hooks::{
