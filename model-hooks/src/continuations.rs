@@ -68,46 +68,53 @@ impl LanguageModel {
         let mut log_probs = log_probs_of(logits, &texts.iter().map(first).collect::<Vec<_>>());
         let most = texts.iter().map(|text| text.continuations.len()).max().unwrap_or(0);
         for index in 0..most {
-            let is_longer = |&row: &usize| {
-                texts[row]
-                    .continuations
-                    .get(index)
-                    .is_some_and(|continuation| continuation.len() > 1)
-            };
-            let rows: Vec<usize> = (0..texts.len()).filter(is_longer).collect();
-            if rows.is_empty() {
-                continue;
-            }
-            let continuations: Vec<&[u32]> =
-                rows.iter().map(|&row| texts[row].continuations[index].as_slice()).collect();
-            let mut branch = cache.clone();
-            branch.select_rows(&rows);
-            let n = continuations.iter().map(|ids| ids.len() - 1).max().unwrap_or(0);
-            let rest = match self.rope_switch(&branch, n) {
-                None => self.behind(branch, &continuations, &mut hook.clone())?,
-                // What is cached was turned by other angles, or would be by the padding of others.
-                Some(_) => {
-                    let anew = rows.iter().zip(&continuations);
-                    let anew = anew.map(|(&row, ids)| self.anew(row, texts[row].prompt, ids, hook));
-                    anew.collect::<Result<_, _>>()?
-                }
-            };
-            for (row, rest) in rows.into_iter().zip(rest) {
-                log_probs[row][index] += rest;
+            for (row, rest) in self.rests(texts, index, &cache, hook)? {
+                let log_probs = &mut log_probs[row];
+                log_probs[index] += rest;
             }
         }
         hook.finish()?;
         Ok(log_probs)
     }
 
-    /// The log-probability of every continuation but its first token, behind the cached prompts.
+    /// The log-probability of all but the first token of this continuation of each text, behind the
+    /// cached prompts; only of those that are longer.
+    fn rests<H: Hook + Clone>(
+        &self,
+        texts: &[Continued<'_>],
+        index: usize,
+        cache: &KvCache,
+        hook: &H,
+    ) -> Result<Vec<(usize, f64)>, ForwardError> {
+        let of = |row: usize| texts[row].continuations.get(index).filter(|ids| ids.len() > 1);
+        let (rows, continuations): (Vec<usize>, Vec<&[u32]>) =
+            (0..texts.len()).filter_map(|row| Some((row, of(row)?.as_slice()))).unzip();
+        let Some(n) = continuations.iter().map(|ids| ids.len() - 1).max() else {
+            return Ok(Vec::new());
+        };
+        let mut branch = cache.clone();
+        branch.select_rows(&rows);
+        let rests = match self.rope_switch(&branch, n) {
+            None => self.behind(branch, &continuations, n, &mut hook.clone())?,
+            // What is cached was turned by other angles, or would be by the padding of others.
+            Some(_) => {
+                let anew = rows.iter().zip(&continuations);
+                let anew = anew.map(|(&row, ids)| self.anew(row, texts[row].prompt, ids, hook));
+                anew.collect::<Result<_, _>>()?
+            }
+        };
+        Ok(rows.into_iter().zip(rests).collect())
+    }
+
+    /// The log-probability of every continuation but its first token, in a pass of `n` columns
+    /// behind the cached prompts.
     fn behind<H: Hook>(
         &self,
         mut cache: KvCache,
         continuations: &[&[u32]],
+        n: usize,
         hook: &mut H,
     ) -> Result<Vec<f64>, ForwardError> {
-        let n = continuations.iter().map(|ids| ids.len() - 1).max().unwrap_or(0);
         // On the right, where nothing sees it, any token will do.
         let padded = |ids: &&[u32]| -> Vec<u32> {
             let (&last, run) = ids.split_last().expect("no continuation is empty");

@@ -50,6 +50,13 @@ pub(super) struct Led {
     pub(super) dialogues: Vec<Conversation>,
 }
 
+/// Where conversations led under a treatment.
+struct LedTo {
+    treatment: Treatment,
+    climbs: Vec<Climb>,
+    ended: Vec<Ended>,
+}
+
 /// What came of it.
 pub(super) struct Evaluation {
     pub(super) rows: Vec<Row>,
@@ -90,8 +97,8 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
                 });
             row.multi_turn = led
                 .iter()
-                .find(|(other, ..)| other == treatment)
-                .map(|(_, climbs, ended)| ladder::summary(climbs, ended));
+                .find(|led| led.treatment == *treatment)
+                .map(|led| ladder::summary(&led.climbs, &led.ended));
         }
         let refused = [setup.refused_unsafe(&judged), refused_safe(&judged)];
         match treatment.method {
@@ -125,11 +132,8 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
 }
 
 /// What was said besides the answers to prompts, treatment by treatment.
-fn conversations(
-    led: Vec<(Treatment, Vec<Climb>, Vec<Ended>)>,
-    abilities: Vec<(Treatment, Abilities)>,
-) -> Vec<Conversed> {
-    let led = led.into_iter().flat_map(|(treatment, climbs, ended)| {
+fn conversations(led: Vec<LedTo>, abilities: Vec<(Treatment, Abilities)>) -> Vec<Conversed> {
+    let led = led.into_iter().flat_map(|LedTo { treatment, climbs, ended }| {
         let climbs = climbs.into_iter().map(Said::Ladder);
         let said = climbs.chain(ended.into_iter().map(Said::Dialogue));
         said.map(move |said| Conversed { treatment, said }).collect::<Vec<_>>()
@@ -257,7 +261,7 @@ impl Setup<'_> {
     }
 
     /// Where conversations lead under the chosen treatments.
-    fn led(&self) -> Result<Vec<(Treatment, Vec<Climb>, Vec<Ended>)>> {
+    fn led(&self) -> Result<Vec<LedTo>> {
         let chosen = self.treatments.chosen();
         let bar = bar("leading on", chosen.len() as u64);
         let mut led = Vec::new();
@@ -272,7 +276,7 @@ impl Setup<'_> {
                 true => Vec::new(),
                 false => ladder::end(&self.led.dialogues, self.judge, answers)?,
             };
-            led.push((treatment, climbs, ended));
+            led.push(LedTo { treatment, climbs, ended });
             bar.inc(1);
         }
         bar.finish();

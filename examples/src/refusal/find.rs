@@ -112,13 +112,12 @@ pub(super) fn find(
     generator: &Generator<'_>,
     planner: &Planner<'_>,
     judge: &dyn Judge,
-    trained: &TrainedSae,
     selection: &Selection,
-    point: HookPoint,
     scale: &Scale,
     seed: u64,
 ) -> Result<Found> {
     let (loaded, chats) = (generator.loaded, generator.chats);
+    let Planner { trained, point, .. } = *planner;
     let search = Search { loaded, chats, generator, planner, judge, trained, point, scale };
     let refusing = search.answers(&selection.refusals)?;
     let complying = search.answers(&selection.compliances)?;

@@ -152,8 +152,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
     step("Finding refusal latents");
     let generator = Generator::new(&loaded, &chats, &trained.sae, &journal);
     let planner = Planner::new(&loaded, &trained, point);
-    let found =
-        find::find(&generator, &planner, judge, &trained, &selection, point, &scale, options.seed)?;
+    let found = find::find(&generator, &planner, judge, &selection, &scale, options.seed)?;
     tell(&found.summary(&trained));
 
     step("Generating answers");

@@ -20,8 +20,8 @@ use crate::results::{Arm, Condition, Method, Treatment};
 /// Writes plans for a model and its autoencoder.
 pub(super) struct Planner<'a> {
     loaded: &'a LoadedModel,
-    trained: &'a TrainedSae,
-    point: HookPoint,
+    pub(super) trained: &'a TrainedSae,
+    pub(super) point: HookPoint,
     sae: PlanSae,
 }
 
