@@ -47,6 +47,12 @@ pub enum SteeringError {
     /// A transcoder writes at another point than it reads.
     #[error("the latents are a transcoder's: it does not write where it reads")]
     Transcoder,
+    /// A threshold saves an encoding that is made in any case.
+    #[error(
+        "without the remainder the whole autoencoder runs: read its latents exactly, not by a \
+         threshold"
+    )]
+    NeedlessThreshold,
     /// Latents of this kind are no function of a threshold.
     #[error("a threshold stands for the selection of TopK latents only, not of {activation}")]
     NoThreshold {

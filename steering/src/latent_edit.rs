@@ -64,7 +64,7 @@ pub enum Remainder {
     /// Keeps it: `x' = x + decode(z') − decode(z)`.
     #[default]
     Keep,
-    /// Leaves it out: `x' = decode(z')`. Takes the whole autoencoder.
+    /// Leaves it out: `x' = decode(z')`. Takes the whole autoencoder, and so reads exactly.
     Drop,
 }
 
@@ -136,6 +136,9 @@ impl<'a> LatentMap<'a> {
             return Err(SteeringError::Transcoder);
         }
         let latents: Vec<usize> = edits.iter().map(|edit| edit.latent).collect();
+        if remainder == Remainder::Drop && reading != Reading::Exact {
+            return Err(SteeringError::NeedlessThreshold);
+        }
         let reader = LatentReader::new(sae, &latents, reading)?;
         let rule = Rule::new(&edits, sae)?;
         let directions = (!sae.config().normalization.is_by_row()).then(|| {
@@ -151,16 +154,24 @@ impl<'a> LatentMap<'a> {
 
     /// `x': [n, d_in]`.
     pub(crate) fn apply(&self, x: Tensor<2>) -> Tensor<2> {
-        let sae = self.reader.sae();
-        let current = self.reader.read(x.clone());
-        let difference = self.rule.apply(current.clone()) - current;
-        let delta = match &self.directions {
-            Some(directions) => difference.matmul(directions.clone()),
-            None => self.decoded(difference, &x),
-        };
         match self.remainder {
-            Remainder::Keep => x + delta,
-            Remainder::Drop => sae.run(x).1 + delta,
+            Remainder::Keep => {
+                let delta = self.delta(self.reader.read(x.clone()), &x);
+                x + delta
+            }
+            Remainder::Drop => {
+                let (latents, decoded) = self.reader.sae().run(x.clone());
+                decoded + self.delta(self.reader.among(&latents), &x)
+            }
+        }
+    }
+
+    /// What the change of the latents, `[n, n_latents]`, decodes to.
+    fn delta(&self, current: Tensor<2>, x: &Tensor<2>) -> Tensor<2> {
+        let difference = self.rule.apply(current.clone()) - current;
+        match &self.directions {
+            Some(directions) => difference.matmul(directions.clone()),
+            None => self.decoded(difference, x),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::activation::relu;
 use burn::tensor::{Int, Tensor, TensorData};
-use sae_core::{Activation, Sae};
+use sae_core::{Activation, Sae, SparseLatents};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{SteeringError, finite};
@@ -102,8 +102,12 @@ impl<'a> LatentReader<'a> {
         if let Some(columns) = &self.columns {
             return columns.read(x);
         }
-        let [n, _] = x.dims();
-        let encoded = self.sae.encode(x);
+        self.among(&self.sae.encode(x))
+    }
+
+    /// The same, of rows that are encoded.
+    pub(crate) fn among(&self, encoded: &SparseLatents) -> Tensor<2> {
+        let n = encoded.n_rows();
         let values = self.latents.iter().map(|&latent| encoded.latent(latent).reshape([n, 1]));
         Tensor::cat(values.collect(), 1)
     }

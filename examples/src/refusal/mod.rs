@@ -175,6 +175,14 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
         tell(&format!("{} of the steps were done before", journal.n_reused()));
     }
     write_plans(options, &treatments, &gate)?;
+    let plans = options.out.join("plans");
+    tell(&format!(
+        "chat with it: --bin chat -- --sae {}={} --plan {} --when {}",
+        generator::SAE,
+        trained.path().display(),
+        plans.join("latent.json").display(),
+        plans.join("when.json").display()
+    ));
 
     let results = Results {
         model: loaded.name.clone(),

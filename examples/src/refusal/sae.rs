@@ -40,6 +40,8 @@ pub(super) struct TrainedSae {
     pub(super) sae: Sae,
     pub(super) quality: Quality,
     survey: Survey,
+    /// Where it is kept.
+    folder: PathBuf,
 }
 
 /// How good the autoencoder is on held-out text.
@@ -103,6 +105,11 @@ impl TrainedSae {
         norm(&directions.narrow(0, latent, 1).reshape([d_in]))
     }
 
+    /// The file that others read it from.
+    pub(super) fn path(&self) -> PathBuf {
+        weights_path(&self.folder)
+    }
+
     /// The share of training tokens on which a latent is active.
     pub(super) fn density(&self, latent: usize) -> f64 {
         self.survey.n_active[latent] as f64 / self.survey.n_tokens.max(1) as f64
@@ -149,7 +156,7 @@ pub(super) fn trained_sae(
         tell(&format!("trained before: {}", folder.display()));
         return Ok(trained);
     }
-    let trained = train(loaded, corpus, point, &config)?;
+    let trained = train(loaded, corpus, point, &config, &folder)?;
     save(&trained, &folder)?;
     tell(&format!("saved to {}", folder.display()));
     Ok(trained)
@@ -188,7 +195,9 @@ fn cached(folder: &Path, device: &Device) -> Option<TrainedSae> {
     let record = fs::read(record_path(folder)).ok()?;
     let Record { quality, survey } = serde_json::from_slice(&record).ok()?;
     match saelens::read(&weights_path(folder), device) {
-        Ok(sae) if survey.fits(&sae) => Some(TrainedSae { sae, quality, survey }),
+        Ok(sae) if survey.fits(&sae) => {
+            Some(TrainedSae { sae, quality, survey, folder: folder.to_owned() })
+        }
         Ok(_) => None,
         Err(error) => {
             tell(&format!("the cached autoencoder is damaged and will be trained anew: {error}"));
@@ -278,6 +287,7 @@ fn train(
     corpus: &Corpus,
     point: HookPoint,
     config: &TrainConfig,
+    folder: &Path,
 ) -> Result<TrainedSae> {
     let (device, d_in) = (loaded.model.device(), loaded.model.config().d_model);
     let activations = harvest(loaded, &corpus.training, point, "harvesting")?;
@@ -296,7 +306,7 @@ fn train(
     let sae = with_metadata(sae, loaded, point);
     let survey = survey(&sae, &activations, device);
     let quality = quality(&sae, loaded, corpus, point, &survey)?;
-    Ok(TrainedSae { sae, quality, survey })
+    Ok(TrainedSae { sae, quality, survey, folder: folder.to_owned() })
 }
 
 fn with_metadata(sae: Sae, loaded: &LoadedModel, point: HookPoint) -> Sae {

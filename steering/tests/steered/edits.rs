@@ -256,6 +256,9 @@ fn what_cannot_steer_is_a_typed_error() {
     let by_threshold =
         new(Intervention::Latents(LatentEdits { sae: &relu, edits, remainder, reading }));
     assert!(matches!(by_threshold, Some(SteeringError::NoThreshold { .. })));
+    let (edits, remainder) = (vec![LatentEdit::ablate(3)], Remainder::Drop);
+    let needless = new(Intervention::Latents(LatentEdits { sae: &sae, edits, remainder, reading }));
+    assert!(matches!(needless, Some(SteeringError::NeedlessThreshold)));
 }
 
 #[test]
