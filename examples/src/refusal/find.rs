@@ -3,23 +3,19 @@
 use std::ops::ControlFlow;
 
 use anyhow::{Context, Result, ensure};
-use attribution::clamp_slopes;
-use burn::tensor::activation::log_softmax;
 use burn::tensor::{Tensor, TensorData};
-use model_hooks::{
-    ActivationCache, HarvestConfig, Harvested, Hook, HookPoint, Place, Positions, Probe,
-    SharedPrefix, TokenBatch,
-};
+use model_hooks::{HarvestConfig, Harvested, HookPoint, Place, SharedPrefix};
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use sae_core::Sae;
 use steering::{
-    Contrast, Intervention, Judge, LatentStatistics, Outcome, Region, Steering, contrast,
-    difference_of_means, greedy_bundle, latent_direction, log_odds, output_score,
+    Contrast, Judge, LatentStatistics, Outcome, contrast, difference_of_means, greedy_bundle,
+    output_score,
 };
 
 use super::chats::{Chats, asked};
+use super::first_words::FirstWords;
 use super::generator::Generator;
 use super::ladder::judged;
 use super::options::Scale;
@@ -39,8 +35,6 @@ const TRIAL_STRENGTH: f64 = 2.0;
 const BUNDLE_TRIAL_STRENGTH: f64 = 0.5;
 /// A bundle grows by latents that add at least this much to the log-odds.
 const LEAST_GAIN: f64 = 0.25;
-/// Tokens that a latent writes towards.
-const N_WRITTEN_TOKENS: usize = 20;
 /// Tokens per forward pass.
 const BATCH_TOKENS: usize = 1024;
 
@@ -133,10 +127,11 @@ pub(super) fn find(
         .iter()
         .map(|prompt| chats.prompt(&[], &prompt.prompt))
         .collect::<Result<Vec<_>>>()?;
-    let trial = Trial::new(&search, &rows, &refusal_tokens)?;
-    let slopes = trial.slopes()?;
-    let candidates = search.candidates(&contrasts, &trial, &slopes)?;
-    let chosen = search.choose(&candidates, &trial, unsafe_prompts)?;
+    let at = (&trained.sae, point);
+    let first_words = FirstWords::new(&loaded.model, at, &rows, &refusal_tokens)?;
+    let slopes = first_words.slopes()?;
+    let candidates = search.candidates(&contrasts, &first_words, &slopes)?;
+    let chosen = search.choose(&candidates, &first_words, unsafe_prompts)?;
 
     let (unrelated, random) = search.controls(&refusing.conversations, &chosen, seed)?;
     let alive: Vec<usize> =
@@ -278,7 +273,7 @@ impl Search<'_> {
     fn candidates(
         &self,
         contrasts: &[Contrast],
-        trial: &Trial<'_>,
+        first_words: &FirstWords<'_>,
         slopes: &[f32],
     ) -> Result<Vec<Candidate>> {
         // Half by contrast, half by what the gradient promises of a clamp to the same multiple.
@@ -299,19 +294,19 @@ impl Search<'_> {
         }
 
         let bar = bar("clamping candidates", picked.len() as u64);
-        let plain = trial.rows(&[])?;
-        let base = trial.mean_log_odds(&plain);
+        let plain = first_words.rows(&[])?;
+        let base = first_words.mean_log_odds(&plain);
         let mut candidates = Vec::new();
         for contrast in picked {
             let value = TRIAL_STRENGTH * self.trained.max_activation(contrast.latent);
-            let clamped = trial.rows(&[(contrast.latent, value)])?;
-            let written = trial.written(contrast.latent)?;
+            let clamped = first_words.rows(&[(contrast.latent, value)])?;
+            let written = first_words.written(contrast.latent)?;
             let scores = plain.iter().zip(&clamped);
             let scores = scores.map(|(before, after)| output_score(before, after, &written));
             candidates.push(Candidate {
                 latent: contrast.latent,
                 contrast: contrast.difference,
-                log_odds_shift: trial.mean_log_odds(&clamped) - base,
+                log_odds_shift: first_words.mean_log_odds(&clamped) - base,
                 attribution: value * f64::from(slopes[contrast.latent]),
                 output_score: scores.sum::<f64>() / plain.len() as f64,
             });
@@ -327,7 +322,7 @@ impl Search<'_> {
     fn choose(
         &self,
         candidates: &[Candidate],
-        trial: &Trial<'_>,
+        first_words: &FirstWords<'_>,
         prompts: &[Prompt],
     ) -> Result<Chosen> {
         let Scale { n_finalists, strengths, bundle_strengths, .. } = self.scale;
@@ -363,7 +358,7 @@ impl Search<'_> {
                     (latent, BUNDLE_TRIAL_STRENGTH * self.trained.max_activation(latent))
                 };
                 let clamps: Vec<(usize, f64)> = latents.iter().map(value).collect();
-                Ok::<f64, anyhow::Error>(trial.mean_log_odds(&trial.rows(&clamps)?))
+                Ok::<f64, anyhow::Error>(first_words.mean_log_odds(&first_words.rows(&clamps)?))
             })?;
         let mut bundle = among;
         let mut together = attempt(&bundle, bundle_strengths)?;
@@ -437,98 +432,5 @@ impl Search<'_> {
         unrelated
             .zip(random)
             .context("no latent is left for a control: the autoencoder is too small")
-    }
-}
-
-/// Prompts run up to the autoencoder once, so that each clamp costs only the blocks above.
-struct Trial<'a> {
-    search: &'a Search<'a>,
-    tokens: TokenBatch,
-    residual: Tensor<3>,
-    refusal_tokens: &'a [u32],
-    layer: usize,
-}
-
-impl<'a> Trial<'a> {
-    fn new(search: &'a Search<'_>, rows: &[Vec<u32>], refusal_tokens: &'a [u32]) -> Result<Self> {
-        let model = &search.loaded.model;
-        let layer = search.point.layer().unwrap_or(0);
-        let tokens =
-            TokenBatch::new(rows, model.config(), model.device()).during("reading prompts")?;
-        let mut cache = ActivationCache::new([search.point]);
-        let residual = model.run_until(&tokens, layer + 1, &mut cache).during("reading prompts")?;
-        Ok(Self { search, tokens, residual, refusal_tokens, layer })
-    }
-
-    fn positions(&self) -> Positions {
-        self.tokens.positions(0)
-    }
-
-    /// Logits where the answers begin, from a residual after the autoencoder's block.
-    fn logits(&self, residual: Tensor<3>) -> Result<Tensor<2>> {
-        let model = &self.search.loaded.model;
-        let mut cache = model.cache(SharedPrefix::default(), &self.tokens);
-        let layers = self.layer + 1..model.config().n_layers;
-        let end = model.blocks(residual, layers, &mut cache, &mut ()).during("trying a clamp")?;
-        Ok(model.unembed_last(end, &self.positions(), &mut ()))
-    }
-
-    /// The logits where each answer begins, with some latents clamped.
-    fn rows(&self, clamps: &[(usize, f64)]) -> Result<Vec<Vec<f32>>> {
-        let mut residual = self.residual.clone();
-        if !clamps.is_empty() {
-            let sae = &self.search.trained.sae;
-            let region = Region::from_position(FIRST_POSITION);
-            let intervention = Intervention::clamp(sae, clamps.iter().copied());
-            let mut steering = Steering::new([self.search.point], intervention, region)?;
-            residual = steering.at(self.search.point, residual, &self.positions());
-        }
-        let logits = self.logits(residual)?;
-        let [_, d_vocab] = logits.dims();
-        let logits = logits.into_data();
-        let logits = logits.as_slice::<f32>().expect("logits are f32");
-        Ok(logits.chunks(d_vocab).map(<[f32]>::to_vec).collect())
-    }
-
-    fn mean_log_odds(&self, rows: &[Vec<f32>]) -> f64 {
-        let odds = rows.iter().map(|row| log_odds(row, self.refusal_tokens));
-        odds.sum::<f64>() / rows.len() as f64
-    }
-
-    /// The tokens that a latent raises most by itself.
-    fn written(&self, latent: usize) -> Result<Vec<u32>> {
-        let model = &self.search.loaded.model;
-        let (d_model, d_vocab) = (model.config().d_model, model.config().d_vocab);
-        let direction = latent_direction(self.search.sae(), latent)?.reshape([1, 1, d_model]);
-        let ids: Vec<u32> = (0..d_vocab as u32).collect();
-        // The scale of the final norm is one for all tokens, and changes no order.
-        let raised = model.direct_logits(direction.clone(), direction, &ids);
-        let raised = raised.during("reading what a latent writes")?.into_data();
-        let raised = raised.as_slice::<f32>().expect("logits are f32");
-        let mut order: Vec<u32> = ids;
-        order.sort_by(|&a, &b| raised[b as usize].total_cmp(&raised[a as usize]));
-        order.truncate(N_WRITTEN_TOKENS);
-        Ok(order)
-    }
-
-    /// How fast the mean log-odds rise with each latent, by one backward pass.
-    fn slopes(&self) -> Result<Vec<f32>> {
-        let point = self.search.point;
-        let mut probe = Probe::new([point]);
-        let residual = probe.at(point, self.residual.clone(), &self.positions());
-        let [batch, n, d_model] = residual.dims();
-        let log_probs = log_softmax(self.logits(residual)?, 1);
-        let ids: Vec<i64> = self.refusal_tokens.iter().map(|&id| i64::from(id)).collect();
-        let ids = TensorData::new(ids, [self.refusal_tokens.len()]);
-        let ids = Tensor::from_data(ids, &self.residual.device());
-        let within = log_probs.select(1, ids).exp().sum_dim(1);
-        let odds = within.clone().log() - (-within + 1.0).log();
-        let grads = odds.mean().backward();
-        let gradient = probe.gradient::<3>(point, &grads).expect("the probe was passed");
-        // Position 0 is left alone by every clamp.
-        let gradient =
-            gradient * self.positions().mask_from(FIRST_POSITION, &self.residual.device());
-        let slopes = clamp_slopes(self.search.sae(), gradient.reshape([batch * n, d_model]));
-        slopes.into_data().try_to_vec().map_err(|error| anyhow::anyhow!("{error:?}"))
     }
 }

@@ -12,6 +12,7 @@ mod asked;
 mod chats;
 mod evaluate;
 mod find;
+mod first_words;
 mod gate;
 mod generator;
 mod journal;

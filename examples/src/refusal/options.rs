@@ -23,7 +23,7 @@ pub struct Options {
     #[arg(long = "safe", value_name = "PATH")]
     pub safe_prompts: Option<PathBuf>,
     /// A folder of published sets to test on and to learn a condition from: harmful/, xstest/,
-    /// activation-steering/, mmlu/, truthfulqa/, commonsenseqa/, gsm8k/
+    /// activation-steering/, mmlu/, truthfulqa/, commonsenseqa/, gsm8k/, hh-rlhf/
     #[arg(long, value_name = "DIR")]
     pub sets: Option<PathBuf>,
     /// A published set-up: smollm2 or phi3-mini
