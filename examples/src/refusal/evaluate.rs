@@ -105,13 +105,9 @@ pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
             Method::Base => drop(refused_by_base.insert(treatment.arm, refused)),
             _ => {
                 let base = refused_by_base.get(&treatment.arm).context("the base comes first")?;
-                let both = base.iter().zip(&refused);
-                let tests = both.map(|(base, refused)| {
-                    McNemar::of(base.iter().copied().zip(refused.iter().copied()))
+                let [of_unsafe, of_safe] = std::array::from_fn(|i| {
+                    McNemar::of(base[i].iter().copied().zip(refused[i].iter().copied()))
                 });
-                let [of_unsafe, of_safe] = tests.collect::<Vec<_>>()[..] else {
-                    unreachable!("two of each")
-                };
                 row.unsafe_against_base = Some(of_unsafe);
                 row.safe_against_base = Some(of_safe);
                 row.perplexity_interval = Some(interval);

@@ -172,6 +172,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
         fires: &fires,
         scale: &scale,
     })?;
+    let Evaluation { rows, examples, generations, conversations, n_perplexity_tokens } = evaluation;
     if journal.n_reused() > 0 {
         tell(&format!("{} of the steps were done before", journal.n_reused()));
     }
@@ -197,7 +198,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
             device: options.device.clone(),
             max_new_tokens: scale.max_new_tokens,
             n_selection_prompts: found.n_selection_prompts,
-            n_perplexity_tokens: evaluation.n_perplexity_tokens,
+            n_perplexity_tokens,
             unsafe_prompts: asked.names(&[SetKind::Unsafe]),
             safe_prompts: asked.names(&[SetKind::LookAlike, SetKind::Ordinary]),
             sets: asked.summaries(),
@@ -206,10 +207,9 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
         },
         headline: found.headline,
         conditional: Some(Treatment { condition: Condition::Probe, ..found.headline }),
-        rows: evaluation.rows.clone(),
-        examples: evaluation.examples.clone(),
+        rows,
+        examples,
     };
-    let Evaluation { generations, conversations, .. } = evaluation;
     Ok(Findings { results, generations, conversations })
 }
 

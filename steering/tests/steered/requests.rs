@@ -107,6 +107,14 @@ fn probes_read_back_the_same_and_fit_their_own_model_alone() {
     narrow.probe.weights.pop();
     let refused = narrow.to_json().unwrap_err();
     assert!(matches!(refused, PlanError::ProbeWidth { expected: 144, actual: 143 }), "{refused}");
+    let mut boundless = probe.clone();
+    boundless.model.d_model = usize::MAX;
+    assert!(matches!(boundless.to_json().unwrap_err(), PlanError::ProbeWidth { .. }));
+    // Before the first token there is nothing to read.
+    let mut early = probe.clone();
+    early.reading.features[1].at = At::FromEnd(usize::MAX);
+    let read = early.reading.read(&model, &requests(), 1000, |_| ()).unwrap();
+    assert!(read.iter().all(|x| x[D_MODEL..2 * D_MODEL].iter().all(|&x| x == 0.0)));
     let infinite = RequestProbe { threshold: f64::INFINITY, ..probe.clone() };
     assert!(matches!(infinite.to_json().unwrap_err(), PlanError::NotFinite { .. }));
     let mut deep = probe.clone();
