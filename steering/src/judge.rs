@@ -39,8 +39,8 @@ impl fmt::Display for Outcome {
 /// Why a judge could not say.
 pub type JudgeError = Box<dyn Error + Send + Sync>;
 
-/// Reads an answer and says what it did.
-pub trait Judge {
+/// Reads an answer and says what it did; may be asked from several threads at once.
+pub trait Judge: Sync {
     /// The outcome of answering `prompt` with `answer`.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ use super::options::Scale;
 use super::plans::Treatments;
 use super::said::{Conversed, Said};
 use crate::corpus::Turn;
+use crate::pool::side_by_side;
 use crate::progress::bar;
 use crate::results::{
     Arm, Condition, Example, Generation, Method, PromptKind, Row, SetKind, SetRate, Treatment,
@@ -145,8 +146,18 @@ fn base_of(treatment: Treatment) -> Treatment {
     Treatment { method: Method::Base, strength: 0.0, condition: Condition::Always, ..treatment }
 }
 
+fn zero_shot(treatment: Treatment) -> Treatment {
+    Treatment { arm: Arm::ZeroShot, ..treatment }
+}
+
 fn always(treatment: Treatment) -> Treatment {
     Treatment { condition: Condition::Always, ..treatment }
+}
+
+/// What was made under a treatment, among what was made under each.
+fn found<'a, T>(treatments: &[Treatment], made: &'a [T], wanted: Treatment) -> Result<&'a T> {
+    let at = treatments.iter().position(|&treatment| treatment == wanted);
+    at.map(|at| &made[at]).with_context(|| format!("{wanted:?} was not run"))
 }
 
 impl Setup<'_> {
@@ -163,24 +174,11 @@ impl Setup<'_> {
 
     /// The answers of each treatment to all prompts, in order.
     fn answers(&self, all: &[Treatment]) -> Result<Vec<Vec<String>>> {
-        let made = all.iter().filter(|treatment| treatment.condition == Condition::Always);
-        let n_made: usize = made.map(|made| self.asked(made.arm).prompts().count()).sum();
+        let is_made = |treatment: &&Treatment| treatment.condition == Condition::Always;
+        let made: Vec<Treatment> = all.iter().filter(is_made).copied().collect();
+        let n_made: usize = made.iter().map(|made| self.asked(made.arm).prompts().count()).sum();
         let bar = bar("answering", n_made as u64);
-        let mut answered: Vec<(Treatment, Vec<String>)> = Vec::new();
-        for &treatment in all {
-            bar.set_message(format!("{} {}", treatment.method.label(), treatment.strength));
-            if treatment.condition == Condition::Probe {
-                let of = |wanted: Treatment| {
-                    let found = answered.iter().find(|(other, _)| *other == wanted);
-                    found.map(|(_, answers)| answers).context("a treatment before its condition")
-                };
-                let both = of(always(treatment))?.iter().zip(of(base_of(treatment))?);
-                let answers = self.fires.iter().zip(both);
-                let answers = answers.map(|(&fires, (a, b))| if fires { a } else { b }.clone());
-                let answers = answers.collect();
-                answered.push((treatment, answers));
-                continue;
-            }
+        let answers = side_by_side(&made, |&treatment| {
             let shots = match treatment.arm {
                 Arm::ZeroShot => &[],
                 Arm::SixShot => self.six_shot,
@@ -189,12 +187,19 @@ impl Setup<'_> {
             let conversations: Vec<_> = prompts.map(|(_, prompt)| asked(shots, prompt)).collect();
             let steered = self.steered(treatment)?;
             let max_new_tokens = self.scale.max_new_tokens;
-            let answers =
-                self.generator.answers(&conversations, &steered, max_new_tokens, |n| bar.inc(n))?;
-            answered.push((treatment, answers));
-        }
+            self.generator.answers(&conversations, &steered, max_new_tokens, |n| bar.inc(n))
+        })?;
         bar.finish();
-        Ok(answered.into_iter().map(|(_, answers)| answers).collect())
+        let of = |wanted: Treatment| found(&made, &answers, wanted);
+        let all = all.iter().map(|&treatment| {
+            let steered = of(always(treatment))?;
+            if treatment.condition == Condition::Always {
+                return Ok(steered.clone());
+            }
+            let both = steered.iter().zip(of(base_of(treatment))?).zip(self.fires);
+            Ok(both.map(|((a, b), &fires)| if fires { a } else { b }.clone()).collect())
+        });
+        all.collect()
     }
 
     /// What each treatment costs; the arms share it.
@@ -203,65 +208,59 @@ impl Setup<'_> {
         all: &[Treatment],
         fires: &Fires,
     ) -> Result<impl Fn(Treatment) -> Result<Costs>> {
-        let zero_shot = |treatment: Treatment| Treatment { arm: Arm::ZeroShot, ..treatment };
-        let mut measured: Vec<(Treatment, Costs)> = Vec::new();
-        let bar = bar("measuring", all.len() as u64);
-        for &treatment in all {
-            let treatment = zero_shot(treatment);
-            let of = |wanted: Treatment| {
-                measured.iter().find(|(other, _)| *other == wanted).map(|(_, costs)| costs)
-            };
-            bar.inc(1);
-            if of(treatment).is_some() {
-                continue;
+        let mut made: Vec<Treatment> = Vec::new();
+        for treatment in all.iter().map(|&treatment| zero_shot(always(treatment))) {
+            if !made.contains(&treatment) {
+                made.push(treatment);
             }
-            let costs = match treatment.condition {
-                Condition::Always => self.measures.costs(&self.steered(treatment)?)?,
-                Condition::Probe => {
-                    let both = of(always(treatment)).zip(of(base_of(treatment)));
-                    let (steered, plain) = both.context("a treatment before its condition")?;
-                    steered.where_it_fires(plain, fires)
-                }
-            };
-            measured.push((treatment, costs));
         }
+        let bar = bar("measuring", made.len() as u64);
+        let costs = side_by_side(&made, |&treatment| {
+            let costs = self.measures.costs(&self.steered(treatment)?)?;
+            bar.inc(1);
+            anyhow::Ok(costs)
+        })?;
         bar.finish();
-        Ok(move |treatment| {
-            let found = measured.iter().find(|(other, _)| *other == zero_shot(treatment));
-            found.map(|(_, costs)| costs.clone()).context("one of the treatments")
+        let fires = fires.clone();
+        Ok(move |treatment: Treatment| {
+            let of = |wanted: Treatment| found(&made, &costs, zero_shot(wanted));
+            let steered = of(always(treatment))?;
+            Ok(match treatment.condition {
+                Condition::Always => steered.clone(),
+                Condition::Probe => steered.where_it_fires(of(base_of(treatment))?, &fires),
+            })
         })
     }
 
     /// What the model can still do under the chosen treatments.
     fn abilities(&self, fires: &Fires) -> Result<Vec<(Treatment, Abilities)>> {
         let chosen = self.treatments.chosen();
-        let bar = bar("testing abilities", chosen.len() as u64);
-        let mut tested: Vec<(Treatment, Abilities)> = Vec::new();
-        for treatment in chosen {
-            let of = |wanted: Treatment| {
-                tested.iter().find(|(other, _)| *other == wanted).map(|(_, abilities)| abilities)
-            };
-            let abilities = match treatment.condition {
-                Condition::Always => self.measures.abilities(&self.steered(treatment)?, |_| ())?,
-                Condition::Probe => {
-                    let both = of(always(treatment)).zip(of(base_of(treatment)));
-                    let (steered, plain) = both.context("a treatment before its condition")?;
-                    steered.where_it_fires(plain, fires)
-                }
-            };
-            tested.push((treatment, abilities));
+        let is_made = |treatment: &&Treatment| treatment.condition == Condition::Always;
+        let made: Vec<Treatment> = chosen.iter().filter(is_made).copied().collect();
+        let bar = bar("testing abilities", made.len() as u64);
+        let abilities = side_by_side(&made, |&treatment| {
+            let abilities = self.measures.abilities(&self.steered(treatment)?)?;
             bar.inc(1);
-        }
+            anyhow::Ok(abilities)
+        })?;
         bar.finish();
-        Ok(tested)
+        let of = |wanted: Treatment| found(&made, &abilities, wanted);
+        let all = chosen.into_iter().map(|treatment| {
+            let steered = of(always(treatment))?;
+            let abilities = match treatment.condition {
+                Condition::Always => steered.clone(),
+                Condition::Probe => steered.where_it_fires(of(base_of(treatment))?, fires),
+            };
+            Ok((treatment, abilities))
+        });
+        all.collect()
     }
 
     /// Where conversations lead under the chosen treatments.
     fn led(&self) -> Result<Vec<LedTo>> {
         let chosen = self.treatments.chosen();
         let bar = bar("leading on", chosen.len() as u64);
-        let mut led = Vec::new();
-        for treatment in chosen {
+        let led = side_by_side(&chosen, |&treatment| {
             let steered = self.steered(treatment)?;
             let plain = self.steered(base_of(treatment))?;
             let answers = |conversations: &[Conversation]| {
@@ -272,9 +271,9 @@ impl Setup<'_> {
                 true => Vec::new(),
                 false => ladder::end(&self.led.dialogues, self.judge, answers)?,
             };
-            led.push(LedTo { treatment, climbs, ended });
             bar.inc(1);
-        }
+            anyhow::Ok(LedTo { treatment, climbs, ended })
+        })?;
         bar.finish();
         Ok(led)
     }

@@ -24,6 +24,7 @@ use super::sae::TrainedSae;
 use super::{During, FIRST_POSITION, targeted};
 use crate::assets::LoadedModel;
 use crate::corpus::{Prompt, Selection, Turn};
+use crate::pool::side_by_side;
 use crate::progress::bar;
 use crate::results::{Arm, Candidate, Condition, Method, SteeringLatent, Treatment};
 
@@ -296,22 +297,21 @@ impl Search<'_> {
         let bar = bar("clamping candidates", picked.len() as u64);
         let plain = first_words.rows(&[])?;
         let base = first_words.mean_log_odds(&plain);
-        let mut candidates = Vec::new();
-        for contrast in picked {
+        let mut candidates = side_by_side(&picked, |contrast| {
             let value = TRIAL_STRENGTH * self.trained.max_activation(contrast.latent);
             let clamped = first_words.rows(&[(contrast.latent, value)])?;
             let written = first_words.written(contrast.latent)?;
             let scores = plain.iter().zip(&clamped);
             let scores = scores.map(|(before, after)| output_score(before, after, &written));
-            candidates.push(Candidate {
+            bar.inc(1);
+            anyhow::Ok(Candidate {
                 latent: contrast.latent,
                 contrast: contrast.difference,
                 log_odds_shift: first_words.mean_log_odds(&clamped) - base,
                 attribution: value * f64::from(slopes[contrast.latent]),
                 output_score: scores.sum::<f64>() / plain.len() as f64,
-            });
-            bar.inc(1);
-        }
+            })
+        })?;
         bar.finish();
         candidates.sort_by(|a, b| b.log_odds_shift.total_cmp(&a.log_odds_shift));
         Ok(candidates)
@@ -329,17 +329,15 @@ impl Search<'_> {
         let finalists = &candidates[..candidates.len().min(*n_finalists)];
         let n_trials = finalists.len() * strengths.len() + bundle_strengths.len();
         let bar = bar("trying finalists", n_trials as u64);
-        let prompts: Vec<&Prompt> = prompts.iter().collect();
         let attempt = |latents: &[usize], strengths: &[f64]| -> Result<Attempt> {
-            let mut best: Option<Attempt> = None;
-            for &strength in strengths {
-                let tried = self.attempt(latents, strength, &prompts)?;
-                bar.inc(1);
-                // Of equals, the gentler.
-                if best.as_ref().is_none_or(|best| tried.score > best.score) {
-                    best = Some(tried);
-                }
-            }
+            let tried = self.attempts(latents, strengths, prompts)?;
+            bar.inc(strengths.len() as u64);
+            // Of equals, the gentler.
+            let better = |best: Attempt, tried: Attempt| match tried.score > best.score {
+                true => tried,
+                false => best,
+            };
+            let best = tried.into_iter().reduce(better);
             best.context("no strength was tried: pass at least one with --strengths")
         };
         let mut alone = finalists
@@ -390,23 +388,33 @@ impl Search<'_> {
         })
     }
 
-    /// Answers to the selection prompts with some latents clamped.
-    fn attempt(&self, latents: &[usize], strength: f64, prompts: &[&Prompt]) -> Result<Attempt> {
-        let steered = self.generator.steered(Some(self.planner.clamp(latents, strength)))?;
+    /// Answers to the selection prompts with some latents clamped, at each strength.
+    fn attempts(
+        &self,
+        latents: &[usize],
+        strengths: &[f64],
+        prompts: &[Prompt],
+    ) -> Result<Vec<Attempt>> {
         let conversations: Vec<_> =
             prompts.iter().map(|prompt| asked(&[], &prompt.prompt)).collect();
-        let max_new_tokens = self.scale.max_new_tokens;
-        let answers = self.generator.answers(&conversations, &steered, max_new_tokens, |_| ())?;
-        let outcomes = prompts.iter().zip(&answers);
-        let outcomes = outcomes.map(|(prompt, answer)| judged(self.judge, &prompt.prompt, answer));
-        let outcomes = outcomes.collect::<Result<Vec<Outcome>>>()?;
-        let share = |wanted: Outcome| {
-            let n = outcomes.iter().filter(|&&outcome| outcome == wanted).count();
-            n as f64 / prompts.len() as f64
+        let answers = side_by_side(strengths, |&strength| {
+            let steered = self.generator.steered(Some(self.planner.clamp(latents, strength)))?;
+            self.generator.answers(&conversations, &steered, self.scale.max_new_tokens, |_| ())
+        })?;
+        let judged = |(&strength, answers): (&f64, Vec<String>)| {
+            let outcomes = prompts.iter().zip(&answers);
+            let outcomes =
+                outcomes.map(|(prompt, answer)| judged(self.judge, &prompt.prompt, answer));
+            let outcomes = outcomes.collect::<Result<Vec<Outcome>>>()?;
+            let share = |wanted: Outcome| {
+                let n = outcomes.iter().filter(|&&outcome| outcome == wanted).count();
+                n as f64 / prompts.len() as f64
+            };
+            let refused = share(Outcome::Refused);
+            let score = refused - share(Outcome::Degenerate);
+            Ok(Attempt { latents: latents.to_vec(), strength, refused, score })
         };
-        let refused = share(Outcome::Refused);
-        let score = refused - share(Outcome::Degenerate);
-        Ok(Attempt { latents: latents.to_vec(), strength, refused, score })
+        strengths.iter().zip(answers).map(judged).collect()
     }
 
     /// A latent that never fires in refused conversations, and elsewhere as often as the chosen one

@@ -23,11 +23,14 @@ use super::chats::{Chats, asked};
 use super::journal::{Journal, key};
 use crate::assets::LoadedModel;
 use crate::corpus::{Prompt, Selection};
+use crate::pool::side_by_side;
 use crate::progress::bar;
 use crate::results::{ConditionSummary, SetRate};
 
 /// Tokens of a forward pass.
 const BATCH_TOKENS: usize = 1024;
+/// Requests that a core reads at a time.
+const SOME_REQUESTS: usize = 100;
 /// What is read, by shares of the model's depth: of all that was tried on lessons held out, the mean
 /// over the user's words tells most, in the middle of the model, and several blocks more than one.
 const FEATURES: [(f64, At); 4] =
@@ -126,9 +129,13 @@ fn fit(
     let reading = RequestReading { features, n_behind: n_behind(&requests) };
     let read = |requests: &[Request], label: &'static str| -> Result<Vec<Vec<f32>>> {
         let bar = bar(label, requests.len() as u64);
-        let read = reading.read(&loaded.model, requests, BATCH_TOKENS, |n| bar.inc(n as u64));
+        let some: Vec<&[Request]> = requests.chunks(SOME_REQUESTS).collect();
+        let read = side_by_side(&some, |some| {
+            let read = reading.read(&loaded.model, some, BATCH_TOKENS, |n| bar.inc(n as u64));
+            read.during("reading requests")
+        })?;
         bar.finish();
-        read.during("reading requests")
+        Ok(read.concat())
     };
     let of_lessons = read(&requests, "learning when")?;
     let width = of_lessons.first().map_or(0, Vec::len);

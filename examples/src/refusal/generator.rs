@@ -14,10 +14,11 @@ use super::During;
 use super::chats::{Chats, common_prefix};
 use super::journal::{Journal, key};
 use crate::assets::LoadedModel;
+use crate::pool::side_by_side;
 use crate::storage::hash_bytes;
 
-/// Conversations generated together.
-const BATCH_ROWS: usize = 80;
+/// Conversations generated together, at most.
+const BATCH_ROWS: usize = 40;
 /// Tokens of a pass over prompts, padding included, so that a long one does not pad many.
 const PREFILL_TOKENS: usize = 8192;
 /// What plans call the autoencoder.
@@ -93,7 +94,7 @@ impl<'a> Generator<'a> {
         conversations: &[Vec<Message>],
         steered: &Steered<'_>,
         max_new_tokens: usize,
-        mut progress: impl FnMut(u64),
+        progress: impl Fn(u64) + Sync,
     ) -> Result<Vec<String>> {
         let rows = conversations
             .iter()
@@ -105,37 +106,27 @@ impl<'a> Generator<'a> {
         let keys: Vec<String> = rows.iter().map(key_of).collect();
         let config = GenerateConfig::greedy(max_new_tokens, self.chats.stop_ids.clone());
         let n_shared = common_prefix(&rows);
+        let batches = batches(&rows, n_shared);
+        let mut kept = Vec::new();
+        for batch in &batches {
+            let answers = batch.iter().map(|&row| self.journal.get::<String>(&keys[row]));
+            kept.push((batch, answers.collect::<Result<Option<Vec<_>>>>()?));
+        }
+        let shared = match kept.iter().all(|(_, answers)| answers.is_some()) {
+            true => &[],
+            false => &rows[0][..n_shared],
+        };
         let mut hook = steered.hook();
-        let mut prefix = None;
-        // Prompts of like length share a batch, so that little of it is padding. Which ones do
-        // depends on nothing else: an interrupted run makes the same batches.
-        let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|&row| rows[row].len());
-        let mut answers = vec![String::new(); rows.len()];
-        let mut rest = order.as_slice();
-        while !rest.is_empty() {
-            let fits = |&n: &usize| n * (rows[rest[n - 1]].len() - n_shared) <= PREFILL_TOKENS;
-            let n = (1..=rest.len().min(BATCH_ROWS)).take_while(fits).last().unwrap_or(1);
-            let (batch, after) = rest.split_at(n);
-            rest = after;
-            let kept = batch.iter().map(|&row| self.journal.get::<String>(&keys[row]));
-            let kept = kept.collect::<Result<Option<Vec<_>>>>()?;
-            let made = match kept {
-                Some(kept) => kept,
+        let prefix = self.prefix(shared, &mut hook)?;
+        let made = side_by_side(&kept, |(batch, kept)| {
+            let answers = match kept {
+                Some(kept) => kept.clone(),
                 None => {
-                    let prefix = match &prefix {
-                        Some(prefix) => prefix,
-                        None => {
-                            let shared = rows.first().map_or(&[][..], |row| &row[..n_shared]);
-                            prefix.insert(self.prefix(shared, &mut hook)?)
-                        }
-                    };
                     let own: Vec<&[u32]> =
                         batch.iter().map(|&row| &rows[row][n_shared..]).collect();
-                    let generated = self
-                        .loaded
-                        .model
-                        .generate(&own, prefix, &config, &mut hook, unobserved)
+                    let model = &self.loaded.model;
+                    let generated = model
+                        .generate(&own, &prefix, &config, &mut hook.clone(), unobserved)
                         .during("generating answers")?;
                     let texts = generated.iter().map(|ids| self.chats.text(ids));
                     let texts = texts.collect::<Result<Vec<_>>>()?;
@@ -143,10 +134,12 @@ impl<'a> Generator<'a> {
                     self.journal.keep(keys.zip(texts))?
                 }
             };
-            for (&row, text) in batch.iter().zip(made) {
-                answers[row] = text;
-            }
-            progress(n as u64);
+            progress(batch.len() as u64);
+            anyhow::Ok(answers)
+        })?;
+        let mut answers = vec![String::new(); rows.len()];
+        for (&row, text) in batches.iter().flatten().zip(made.into_iter().flatten()) {
+            answers[row] = text;
         }
         Ok(answers)
     }
@@ -157,6 +150,25 @@ impl<'a> Generator<'a> {
             shared => self.loaded.model.prefix(shared, hook).during("running the prefix"),
         }
     }
+}
+
+/// Rows that are run together. Prompts of like length share a batch, so that little of it is
+/// padding. Which ones do depends on nothing else: an interrupted run makes the same batches.
+fn batches(rows: &[Vec<u32>], n_shared: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by_key(|&row| rows[row].len());
+    // Alike in size, rather than a small one at the end.
+    let n_rows = rows.len().div_ceil(rows.len().div_ceil(BATCH_ROWS).max(1));
+    let mut batches = Vec::new();
+    let mut rest = order.as_slice();
+    while !rest.is_empty() {
+        let fits = |&n: &usize| n * (rows[rest[n - 1]].len() - n_shared) <= PREFILL_TOKENS;
+        let n = (1..=rest.len().min(n_rows)).take_while(fits).last().unwrap_or(1);
+        let (batch, after) = rest.split_at(n);
+        batches.push(batch.to_vec());
+        rest = after;
+    }
+    batches
 }
 
 /// The numbers of a direction.

@@ -1,11 +1,12 @@
 //! What was made before: answers and measurements, kept line by line as they are made, so that a
 //! run that was interrupted goes on where it stopped.
 
-use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
@@ -21,10 +22,15 @@ use crate::storage::hash_bytes;
 #[derive(Debug)]
 pub(super) struct Journal {
     path: PathBuf,
-    file: RefCell<File>,
-    kept: RefCell<HashMap<String, Value>>,
+    inner: Mutex<Inner>,
     n_read: usize,
-    n_reused: Cell<usize>,
+    n_reused: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Inner {
+    file: File,
+    kept: HashMap<String, Value>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -91,8 +97,14 @@ impl Journal {
             })?;
             kept.insert(key, value);
         }
-        let (n_read, kept) = (kept.len(), RefCell::new(kept));
-        Ok(Self { path, file: RefCell::new(file), kept, n_read, n_reused: Cell::new(0) })
+        let n_read = kept.len();
+        let inner = Mutex::new(Inner { file, kept });
+        Ok(Self { path, inner, n_read, n_reused: AtomicUsize::new(0) })
+    }
+
+    /// What a thread that panicked had kept is whole.
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where it lies.
@@ -107,20 +119,20 @@ impl Journal {
 
     /// How often something was taken from here rather than made.
     pub(super) fn n_reused(&self) -> usize {
-        self.n_reused.get()
+        self.n_reused.load(Ordering::Relaxed)
     }
 
     /// What was kept under a key.
     pub(super) fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
-        let kept = self.kept.borrow();
-        let Some(value) = kept.get(key) else { return Ok(None) };
+        let inner = self.inner();
+        let Some(value) = inner.kept.get(key) else { return Ok(None) };
         let value = T::deserialize(value).with_context(|| {
             format!(
                 "the entry {key} of {} is not what it should be: remove the file to begin anew",
                 self.path.display()
             )
         })?;
-        self.n_reused.set(self.n_reused.get() + 1);
+        self.n_reused.fetch_add(1, Ordering::Relaxed);
         Ok(Some(value))
     }
 
@@ -130,17 +142,18 @@ impl Journal {
         &self,
         entries: impl IntoIterator<Item = (String, T)>,
     ) -> Result<Vec<T>> {
+        let mut inner = self.inner();
         let mut text = String::new();
         let mut values = Vec::new();
         for (key, value) in entries {
             let line = serde_json::to_string(&Line { key, value: serde_json::to_value(value)? })?;
             let Line { key, value } = serde_json::from_str(&line)?;
             values.push(T::deserialize(&value)?);
-            self.kept.borrow_mut().insert(key, value);
+            inner.kept.insert(key, value);
             text += &line;
             text.push('\n');
         }
-        let mut file = self.file.borrow_mut();
+        let file = &mut inner.file;
         file.write_all(text.as_bytes())
             .and_then(|()| file.flush())
             .with_context(|| format!("cannot write {}", self.path.display()))?;

@@ -14,6 +14,7 @@ use super::chats::{Dialogued, asked};
 use super::gate::Gate;
 use super::generator::{Generator, Steered};
 use super::journal::key;
+use crate::pool::side_by_side;
 use crate::results::{Arithmetic, Capability, MultipleChoice};
 use crate::sets::arithmetic::{Asking, Problem, Solution, correct, solve};
 use crate::sets::questions::Question;
@@ -22,6 +23,8 @@ use crate::sets::questions::Question;
 const BATCH_TOKENS: usize = 512;
 /// Tokens of a forward pass over questions, of which only the last ones have logits.
 const QUESTION_TOKENS: usize = 2048;
+/// Questions that a core takes at a time.
+const SOME_QUESTIONS: usize = 20;
 /// How often texts are drawn anew for an interval.
 const N_RESAMPLED: usize = 1000;
 
@@ -169,11 +172,7 @@ impl Measures<'_> {
     }
 
     /// What the model can still do.
-    pub(super) fn abilities(
-        &self,
-        steered: &Steered<'_>,
-        progress: impl FnMut(u64),
-    ) -> Result<Abilities> {
+    pub(super) fn abilities(&self, steered: &Steered<'_>) -> Result<Abilities> {
         let sets: Vec<Vec<TokenQuestion>> =
             self.tasks.questions.iter().map(|set| self.tokens(set)).collect::<Result<_>>()?;
         let model = &self.generator.loaded.model;
@@ -182,9 +181,12 @@ impl Measures<'_> {
             let ids: Vec<_> = questions.iter().map(|q| (&q.prompt, &q.choices)).collect();
             let of = json!({ "choices": 2, "under": steered.key(), "questions": ids });
             choices.push(self.generator.journal.once(&key(&of), || {
-                let scores = choice_scores(model, questions, QUESTION_TOKENS, &steered.hook())
-                    .during("answering questions")?;
-                let right = scores.iter().zip(&set.questions);
+                let some: Vec<&[TokenQuestion]> = questions.chunks(SOME_QUESTIONS).collect();
+                let scores = side_by_side(&some, |some| {
+                    choice_scores(model, some, QUESTION_TOKENS, &steered.hook())
+                        .during("answering questions")
+                })?;
+                let right = scores.iter().flatten().zip(&set.questions);
                 Ok(right
                     .map(|(scores, question)| {
                         let answer = question.answer;
@@ -195,7 +197,7 @@ impl Measures<'_> {
         }
         let solutions = solve(&self.tasks.problems, Asking::default(), |prompts| {
             let conversations: Vec<_> = prompts.iter().map(|prompt| asked(&[], prompt)).collect();
-            self.generator.answers(&conversations, steered, self.tasks.problem_tokens, progress)
+            self.generator.answers(&conversations, steered, self.tasks.problem_tokens, |_| ())
         })?;
         Ok(Abilities { choices, solutions })
     }
@@ -270,7 +272,7 @@ impl Measures<'_> {
 
     fn losses(&self, steered: &Steered<'_>) -> Result<Vec<(f64, usize)>> {
         let model = &self.generator.loaded.model;
-        let texts = self.texts.iter().map(|Dialogued { ids, n_prompt, .. }| {
+        side_by_side(&self.texts, |Dialogued { ids, n_prompt, .. }| {
             let mut hook = steered.hook();
             if let Some(hook) = &mut hook {
                 hook.set_prompt_lengths(&[*n_prompt]);
@@ -278,8 +280,7 @@ impl Measures<'_> {
             let loss = model.cross_entropy(&[ids], BATCH_TOKENS, &mut hook);
             let CrossEntropy { total, n_tokens } = loss.during("measuring perplexity")?;
             Ok((total, n_tokens))
-        });
-        texts.collect()
+        })
     }
 
     fn log_odds(&self, steered: &Steered<'_>) -> Result<Vec<f64>> {
@@ -287,40 +288,33 @@ impl Measures<'_> {
     }
 
     fn divergences(&self, steered: &Steered<'_>) -> Result<Vec<f64>> {
-        let model = &self.generator.loaded.model;
         if steered.plan().is_none() {
             return Ok(vec![0.0; self.harmless.len()]);
         }
-        let (mut plain, harmless) = (Vec::new(), ids(&self.harmless));
-        for batch in batches_in_order(&harmless, BATCH_TOKENS) {
-            let tokens = TokenBatch::new(&harmless[batch], model.config(), model.device());
-            let logits = model.last_logits(&tokens.during("reading prompts")?, &mut ());
-            let logits = logits.during("reading prompts")?.into_data();
-            let logits = logits.as_slice::<f32>().expect("logits are f32");
-            plain.extend(logits.chunks_exact(model.config().d_vocab).map(<[f32]>::to_vec));
-        }
+        let harmless = ids(&self.harmless);
+        let plain = self.generator.steered(None)?;
+        let plain = self.over_logits(&harmless, &plain, |_, logits| logits.to_vec())?;
         self.over_logits(&harmless, steered, |row, logits| kl_divergence(&plain[row], logits))
     }
 
-    /// A number for each prompt, from the logits where its answer begins.
-    fn over_logits(
+    /// Something of each prompt, from the logits where its answer begins.
+    fn over_logits<T: Send>(
         &self,
         prompts: &[&[u32]],
         steered: &Steered<'_>,
-        of: impl Fn(usize, &[f32]) -> f64,
-    ) -> Result<Vec<f64>> {
+        of: impl Fn(usize, &[f32]) -> T + Sync,
+    ) -> Result<Vec<T>> {
         let model = &self.generator.loaded.model;
-        let mut numbers = Vec::with_capacity(prompts.len());
-        for batch in batches_in_order(prompts, BATCH_TOKENS) {
-            let tokens = TokenBatch::new(&prompts[batch], model.config(), model.device());
+        let batches: Vec<_> = batches_in_order(prompts, BATCH_TOKENS).collect();
+        let found = side_by_side(&batches, |batch| {
+            let tokens = TokenBatch::new(&prompts[batch.clone()], model.config(), model.device());
             let logits = model.last_logits(&tokens.during("reading prompts")?, &mut steered.hook());
             let logits = logits.during("reading prompts")?.into_data();
             let logits = logits.as_slice::<f32>().expect("logits are f32");
-            for row in logits.chunks_exact(model.config().d_vocab) {
-                numbers.push(of(numbers.len(), row));
-            }
-        }
-        Ok(numbers)
+            let rows = batch.clone().zip(logits.chunks_exact(model.config().d_vocab));
+            anyhow::Ok(rows.map(|(row, logits)| of(row, logits)).collect::<Vec<_>>())
+        })?;
+        Ok(found.into_iter().flatten().collect())
     }
 }
 

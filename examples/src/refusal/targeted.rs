@@ -11,6 +11,7 @@ use steering::{Intervention, LinearEffects, Region, Steering, norm, random_direc
 
 use super::{During, FIRST_POSITION};
 use crate::assets::LoadedModel;
+use crate::pool::side_by_side;
 use crate::progress::bar;
 
 /// Blocks between where vectors are added and where latents are read: what is added at once is
@@ -77,14 +78,14 @@ pub(super) fn direction(
     let trial = Trial { model, sae, tokens: &tokens, residual, pushed, read, seen: &seen };
     let plain = trial.means(None)?;
     let bar = bar("trying vectors", vectors.len() as u64);
-    let mut effects = Vec::with_capacity(vectors.len() * seen.len());
-    for vector in &vectors {
+    let effects = side_by_side(&vectors, |vector| {
         let moved = trial.means(Some(vector.clone() * wanted.length))?;
-        effects.extend(moved.iter().zip(&plain).map(|(moved, plain)| moved - plain));
         bar.inc(1);
-    }
+        let effects = moved.iter().zip(&plain).map(|(moved, plain)| moved - plain);
+        anyhow::Ok(effects.collect::<Vec<f32>>())
+    })?;
     bar.finish();
-    let effects = TensorData::new(effects, [vectors.len(), seen.len()]);
+    let effects = TensorData::new(effects.concat(), [vectors.len(), seen.len()]);
     let effects = Tensor::<2>::from_data(effects, device);
     let found = LinearEffects::fit(&Tensor::stack(vectors, 0), &effects, RIDGE);
     let direction = found.direction(0, LAMBDA, device);

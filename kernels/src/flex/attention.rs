@@ -10,6 +10,38 @@ use crate::ops::{AttentionConfig, dims};
 /// From so many queries on, packing the keys pays: a decoding step has fewer.
 const PACK_FROM: usize = 16;
 
+/// Keys or values `[batch, n, head, d_head]` where they lie: a cache with room for more columns is
+/// read as it is.
+pub(super) struct Cached {
+    tensor: Float,
+    /// Of rows, columns and heads.
+    strides: [usize; 3],
+}
+
+impl Cached {
+    pub(super) fn new(tensor: Float) -> Self {
+        let dense = |tensor: &Float| match *tensor.layout().strides() {
+            [rows, columns, heads, 1] if rows.min(columns).min(heads) >= 0 => {
+                Some([rows, columns, heads].map(|stride| stride as usize))
+            }
+            _ => None,
+        };
+        let strides = dense(&tensor);
+        let tensor = if strides.is_some() { tensor } else { packed(tensor) };
+        let strides = strides.or_else(|| dense(&tensor)).expect("packed tensors have dense heads");
+        Self { tensor, strides }
+    }
+
+    /// Those of a row and a head.
+    pub(super) fn head(&self, row: usize, head: usize) -> Vectors<'_> {
+        let [_, n, _, d_head]: [usize; 4] = dims(&self.tensor);
+        let [rows, columns, heads] = self.strides;
+        let from = self.tensor.layout().start_offset() + row * rows + head * heads;
+        let data = self.tensor.storage::<f32>();
+        Vectors { data: &data[from.min(data.len())..], stride: columns, n, d_head }
+    }
+}
+
 /// Keys or values of one key head in one part of the cache: `n` vectors, `stride` apart.
 #[derive(Clone, Copy)]
 pub(super) struct Vectors<'a> {
@@ -20,16 +52,8 @@ pub(super) struct Vectors<'a> {
 }
 
 impl<'a> Vectors<'a> {
-    /// Of row `row` and head `head` in a `[batch, n, n_heads, d_head]` buffer.
-    pub(super) fn new(
-        data: &'a [f32],
-        [_, n, n_heads, d_head]: [usize; 4],
-        row: usize,
-        head: usize,
-    ) -> Self {
-        let stride = n_heads * d_head;
-        let from = (row * n * stride + head * d_head).min(data.len());
-        Self { data: &data[from..], stride, n, d_head }
+    pub(super) fn none(d_head: usize) -> Self {
+        Self { data: &[], stride: 0, n: 0, d_head }
     }
 
     #[inline(always)]
@@ -46,15 +70,14 @@ pub(super) fn attention(
     config: &AttentionConfig,
 ) -> Float {
     let shape @ [batch, n, n_heads, d_head]: [usize; 4] = dims(&q);
-    let (own_shape, prefix_shape) = (dims(&k), dims(&prefix_k));
-    let [_, own, n_kv_heads, _] = own_shape;
+    let [_, own, n_kv_heads, _]: [usize; 4] = dims(&k);
     let group = n_heads / n_kv_heads;
     let first_column = packed_ints(first_column);
     let first_column = ints(&first_column);
-    let [q, k, v, prefix_k, prefix_v] = [q, k, v, prefix_k, prefix_v].map(packed);
+    let q = packed(q);
     let q = floats(&q);
-    let keys = [floats(&prefix_k), floats(&k)];
-    let values = [floats(&prefix_v), floats(&v)];
+    let keys = [prefix_k, k].map(Cached::new);
+    let values = [prefix_v, v].map(Cached::new);
 
     // One task a row of the batch and key head; its results are gathered and put in place after,
     // since heads interleave in memory.
@@ -62,14 +85,10 @@ pub(super) fn attention(
         .into_par_iter()
         .map(|task| {
             let (row, kv_head) = (task / n_kv_heads, task % n_kv_heads);
-            let parts = [(prefix_shape, 0), (own_shape, row)];
+            // All rows share the prefix.
             let head = Head {
-                keys: std::array::from_fn(|i| {
-                    Vectors::new(keys[i], parts[i].0, parts[i].1, kv_head)
-                }),
-                values: std::array::from_fn(|i| {
-                    Vectors::new(values[i], parts[i].0, parts[i].1, kv_head)
-                }),
+                keys: [keys[0].head(0, kv_head), keys[1].head(row, kv_head)],
+                values: [values[0].head(0, kv_head), values[1].head(row, kv_head)],
                 config,
             };
             // Query row `i · group + g` is query `i` of head `kv_head · group + g`.

@@ -2,7 +2,9 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Head, Query, Vectors, add_to_rows, row_scores, softmax, weighted_sum};
+use super::attention::{
+    Cached, Head, Query, Vectors, add_to_rows, row_scores, softmax, weighted_sum,
+};
 use super::simd::{dot, multiversion};
 use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
 use crate::ops::{AttentionConfig, dims};
@@ -21,9 +23,10 @@ pub(super) fn attention_backward(
     let group = n_heads / n_kv_heads;
     let first_column = packed_ints(first_column);
     let first_column = ints(&first_column);
-    let [q, k, v, grad] = [q, k, v, grad].map(packed);
-    let [q, k, v, grad] = [&q, &k, &v, &grad].map(floats);
-    let none = Vectors::new(&[], [1, 0, n_kv_heads, d_head], 0, 0);
+    let [q, grad] = [q, grad].map(packed);
+    let [q, grad] = [&q, &grad].map(floats);
+    let [k, v] = [k, v].map(Cached::new);
+    let none = Vectors::none(d_head);
 
     // One task a row of the batch and key head, whose gradients nobody else adds to.
     let tasks: Vec<Gradients> = (0..batch * n_kv_heads)
@@ -31,8 +34,8 @@ pub(super) fn attention_backward(
         .map(|task| {
             let (row, kv_head) = (task / n_kv_heads, task % n_kv_heads);
             let head = Head {
-                keys: [none, Vectors::new(k, k_shape, row, kv_head)],
-                values: [none, Vectors::new(v, k_shape, row, kv_head)],
+                keys: [none, k.head(row, kv_head)],
+                values: [none, v.head(row, kv_head)],
                 config,
             };
             let mut gradients = Gradients::new(n * group, own, d_head);

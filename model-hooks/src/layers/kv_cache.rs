@@ -1,6 +1,6 @@
 //! Keys and values of the tokens that were run before.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData, s};
 use kernels::KeyValues;
 
 use super::RopeLength;
@@ -13,7 +13,7 @@ use crate::positions::Positions;
 #[derive(Debug, Clone)]
 pub struct KvCache {
     prefix: SharedPrefix,
-    own: Vec<Option<(Tensor<4>, Tensor<4>)>>,
+    own: Vec<Option<Columns>>,
     n_own: usize,
     /// Own columns at which the conversations of each row begin.
     starts: Vec<Vec<usize>>,
@@ -23,6 +23,58 @@ pub struct KvCache {
     n_prompt: Option<usize>,
     /// Whether this is to become a prefix.
     is_prefix: bool,
+}
+
+/// Columns that a block's buffer gets room for at a time.
+const ROOM: usize = 64;
+
+/// Keys and values of a block's own columns: the first `n` of two buffers
+/// `[batch, columns, kv_head, d_head]`, whose others are room for the steps that follow.
+///
+/// The first pass is kept as it came, so that what is run once costs no copy.
+#[derive(Debug, Clone)]
+struct Columns {
+    keys: Tensor<4>,
+    values: Tensor<4>,
+    n: usize,
+}
+
+impl Columns {
+    fn new(keys: Tensor<4>, values: Tensor<4>) -> Self {
+        let n = keys.dims()[1];
+        Self { keys, values, n }
+    }
+
+    /// The columns that are filled.
+    fn filled(&self) -> (Tensor<4>, Tensor<4>) {
+        let filled = |buffer: &Tensor<4>| buffer.clone().narrow(1, 0, self.n);
+        (filled(&self.keys), filled(&self.values))
+    }
+
+    fn append(self, keys: Tensor<4>, values: Tensor<4>) -> Self {
+        let n = self.n + keys.dims()[1];
+        let keys = with_columns(self.keys, self.n, keys);
+        Self { keys, values: with_columns(self.values, self.n, values), n }
+    }
+
+    /// These rows, without the first `drop` columns.
+    fn select_rows(self, rows: &Tensor<1, Int>, drop: usize) -> Self {
+        let select = |buffer: Tensor<4>| {
+            let [_, columns, _, _] = buffer.dims();
+            buffer.select(0, rows.clone()).narrow(1, drop, columns - drop)
+        };
+        Self { keys: select(self.keys), values: select(self.values), n: self.n - drop }
+    }
+}
+
+/// A buffer with these columns behind its first `n`: written into it, if it has room.
+fn with_columns(buffer: Tensor<4>, n: usize, new: Tensor<4>) -> Tensor<4> {
+    let ([_, columns, _, _], [batch, n_new, n_heads, d_head]) = (buffer.dims(), new.dims());
+    if n + n_new <= columns {
+        return buffer.slice_assign(s![.., n..n + n_new, .., ..], new);
+    }
+    let room = Tensor::zeros([batch, ROOM, n_heads, d_head], &buffer.device());
+    Tensor::cat(vec![buffer.narrow(1, 0, n), new, room], 1)
 }
 
 /// Keys and values of tokens that any number of conversations begin with. Cloning is cheap.
@@ -111,7 +163,7 @@ impl KvCache {
     pub(crate) fn into_prefix(self, ids: &[u32]) -> SharedPrefix {
         assert_eq!(self.starts, [[0]], "a shared prefix is one unpadded row");
         assert_eq!(self.prefix.n_tokens(), 0, "a shared prefix has no prefix of its own");
-        let layers = self.own.into_iter().map(|layer| layer.expect("every block was run"));
+        let layers = self.own.iter().map(|own| own.as_ref().expect("every block was run").filled());
         SharedPrefix { layers: layers.collect(), ids: ids.to_vec() }
     }
 
@@ -127,13 +179,11 @@ impl KvCache {
         for start in self.starts.iter_mut().flatten() {
             *start -= drop;
         }
-        let n_own = self.n_own;
-        for (keys, values) in self.own.iter_mut().flatten() {
+        if let Some(device) = self.own.iter().flatten().next().map(|own| own.keys.device()) {
             let picked = rows.iter().map(|&row| row as i64).collect::<Vec<_>>();
-            let picked =
-                Tensor::<1, Int>::from_data(TensorData::new(picked, [rows.len()]), &keys.device());
-            for tensor in [keys, values] {
-                *tensor = tensor.clone().select(0, picked.clone()).narrow(1, drop, n_own - drop);
+            let picked = Tensor::from_data(TensorData::new(picked, [rows.len()]), &device);
+            for slot in &mut self.own {
+                *slot = slot.take().map(|own| own.select_rows(&picked, drop));
             }
         }
         self.n_own -= drop;
@@ -143,11 +193,11 @@ impl KvCache {
     /// Adds a block's keys and values of this pass and gives all that its queries may see.
     pub(crate) fn append(&mut self, layer: usize, keys: Tensor<4>, values: Tensor<4>) -> KeyValues {
         let slot = &mut self.own[layer];
-        let own = match slot.take() {
-            Some((k, v)) => (Tensor::cat(vec![k, keys], 1), Tensor::cat(vec![v, values], 1)),
-            None => (keys, values),
+        let columns = match slot.take() {
+            Some(columns) => columns.append(keys, values),
+            None => Columns::new(keys, values),
         };
-        *slot = Some(own.clone());
+        let own = slot.insert(columns).filled();
         KeyValues { prefix: self.prefix.layers.get(layer).cloned(), own }
     }
 

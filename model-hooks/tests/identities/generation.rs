@@ -61,6 +61,27 @@ fn generation_is_uncached_generation_whatever_the_batch_and_the_prefix() {
     }
 }
 
+/// Long enough that each block's buffer grows more than once, and rows leave on the way.
+#[test]
+fn long_answers_outgrow_the_room_of_the_cache() {
+    let (name, model) = models().find(|(_, m)| m.config().n_ctx > 120).expect("one");
+    let none = SharedPrefix::default();
+    let mut config = GenerateConfig::greedy(110, Vec::new());
+    let rows: Vec<Vec<u32>> = ROWS.iter().map(|row| row.to_vec()).collect();
+    let expected = uncached(&model, &rows, &config);
+    let mut ends = expected.iter().enumerate().map(|(row, answer)| answer[40 + 30 * row]);
+    for stop_ids in [Vec::new(), ends.by_ref().take(2).collect()] {
+        config.stop_ids = stop_ids;
+        let expected = expected.iter().map(|answer| {
+            let end = answer.iter().position(|id| config.stop_ids.contains(id));
+            answer[..end.map_or(answer.len(), |end| end + 1)].to_vec()
+        });
+        let expected: Vec<_> = expected.collect();
+        let cached = model.generate(&rows, &none, &config, &mut (), unobserved).unwrap();
+        assert_eq!(cached, expected, "{name}");
+    }
+}
+
 /// Every row by itself switches to LongRoPE's long factors where it grows past 20 tokens, shared
 /// prefix or not, and what was cached is run again.
 #[test]
