@@ -11,6 +11,7 @@ pub mod allocator;
 pub mod assets;
 mod axis;
 pub mod chat;
+mod clock;
 pub mod corpus;
 pub mod device;
 pub mod pool;

@@ -385,6 +385,8 @@ mod tests {
                 sets: Vec::new(),
                 judge: Vec::new(),
                 seconds: 754.0,
+                steps: vec![("Generating answers".into(), 700.0)],
+                n_reused: 12,
             },
             headline,
             conditional: None,

@@ -179,6 +179,12 @@ pub struct Settings {
     pub judge: Vec<JudgeCheck>,
     /// How long it all took, in seconds.
     pub seconds: f64,
+    /// How long each step took, in seconds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<(String, f64)>,
+    /// Answers and measurements that an earlier run had made, in a time of its own.
+    #[serde(default)]
+    pub n_reused: usize,
 }
 
 /// How far the judge agrees with people on the answers of another model.

@@ -6,7 +6,6 @@
 
 pub mod bradley_terry;
 pub mod classifier;
-mod clock;
 mod effects;
 mod explained;
 mod human;
@@ -45,7 +44,6 @@ pub use results::{
 pub use text::{as_conversation, attribute_text};
 
 use self::bradley_terry::Agreement;
-use self::clock::Clock;
 use self::effects::{Question, TextEffects, extremes, means};
 use self::insertions::Insertions;
 use self::model::texts;
@@ -58,6 +56,7 @@ use self::stages::Stages;
 use self::telling::{tell_human, tell_sae};
 use self::trained::{Run, Trained};
 use crate::assets::{self, HeadedModel, TextModel, load_text_model, locate_model};
+use crate::clock::Clock;
 use crate::device::device;
 use crate::progress::tell;
 use crate::storage::cache_folder;

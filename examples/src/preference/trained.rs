@@ -6,13 +6,13 @@ use model_hooks::{HookPoint, LanguageModel, RewardModel};
 use serde_json::json;
 
 use super::bradley_terry::Agreement;
-use super::clock::Clock;
 use super::model::{self, Read, Wanted, read, texts};
 use super::options::{Options, SaeKind, Scale};
 use super::saes::{self, TrainedSae};
 use super::sources::{Origin, Sources};
 use super::stages::{Fingerprint, Stages};
 use crate::assets::{HeadedModel, TextModel};
+use crate::clock::Clock;
 use crate::progress::tell;
 
 /// What a run works with.

@@ -14,6 +14,7 @@ use super::measure::{Abilities, Costs, Fires, Measures};
 use super::options::Scale;
 use super::plans::Treatments;
 use super::said::{Conversed, Said};
+use crate::clock::Clock;
 use crate::corpus::Turn;
 use crate::pool::side_by_side;
 use crate::progress::bar;
@@ -68,12 +69,16 @@ pub(super) struct Evaluation {
 }
 
 /// Answers every test prompt under every treatment, and measures what that costs.
-pub(super) fn evaluate(setup: &Setup<'_>) -> Result<Evaluation> {
+pub(super) fn evaluate(setup: &Setup<'_>, clock: &mut Clock) -> Result<Evaluation> {
     let all = setup.treatments.all(setup.scale);
+    clock.step("Measuring what steering costs");
     let fires = setup.measures.fires(setup.gate)?;
     let costs = setup.costs(&all, &fires)?;
+    clock.step("Generating answers");
     let answers = setup.answers(&all)?;
+    clock.step("Testing abilities");
     let abilities = setup.abilities(&fires)?;
+    clock.step("Leading conversations on");
     let led = setup.led()?;
 
     let base = costs(base_of(all[0]))?;

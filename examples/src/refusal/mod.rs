@@ -24,8 +24,6 @@ mod sae;
 pub mod said;
 mod targeted;
 
-use std::time::Instant;
-
 use anyhow::{Context, Result, ensure};
 use model_hooks::HookPoint;
 use serde_json::json;
@@ -34,9 +32,10 @@ use steering::{Judge, PhraseJudge, Request};
 pub use options::{Options, Preset, Scale, TrainingScale};
 
 use crate::assets::{load_model, load_texts};
+use crate::clock::Clock;
 use crate::corpus;
 use crate::device::device;
-use crate::progress::{step, tell};
+use crate::progress::tell;
 use crate::results::{Condition, Generation, Results, SetKind, Settings, Treatment};
 use crate::sets::{arithmetic, dialogues, questions, sample};
 use crate::storage::write_whole;
@@ -80,12 +79,12 @@ pub fn run(options: &Options) -> Result<Findings> {
 /// # Errors
 /// Those of the judge, too.
 pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
-    let start = Instant::now();
+    let mut clock = Clock::new();
     let scale = options.scale()?;
     let preset = options.preset()?;
     let device = device(&options.device)?;
 
-    step("Loading the model");
+    clock.step("Loading the model");
     let loaded = load_model(options.model.as_deref().or(preset.model), &device)?;
     let config = loaded.model.config();
     let point = HookPoint::resid_post(options.layer.unwrap_or(preset.layer));
@@ -96,7 +95,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
     ));
     let chats = Chats::new(&loaded);
 
-    step("Preparing text and prompts");
+    clock.step("Preparing text and prompts");
     let texts = load_texts(&options.text)?;
     let training = corpus::training();
     let selection = corpus::selection();
@@ -116,7 +115,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
         tell(&format!("{} prompts of {}", set.n, set.name));
     }
 
-    step(&format!("Sparse autoencoder at {point}"));
+    clock.step(&format!("Sparse autoencoder at {point}"));
     let trained = sae::trained_sae(&loaded, &corpus, point, &scale, options)?;
     let quality = &trained.quality;
     tell(&format!(
@@ -132,7 +131,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
     ));
 
     let journal = open_journal(options, &loaded.hash)?;
-    step("Learning when to steer");
+    clock.step("Learning when to steer");
     let gate = Gate::learn(&loaded, &chats, &lessons, &selection, &journal)?;
     let prompts: Vec<Request> = asked
         .prompts()
@@ -150,16 +149,15 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
         tell(&format!("fires on {} of {}", holds.rate, holds.set));
     }
 
-    step("Finding refusal latents");
+    clock.step("Finding refusal latents");
     let generator = Generator::new(&loaded, &chats, &trained.sae, &journal);
     let planner = Planner::new(&loaded, &trained, point);
     let found = find::find(&generator, &planner, judge, &selection, &scale, options.seed)?;
     tell(&found.summary(&trained));
 
-    step("Generating answers");
     let treatments = Treatments { planner: &planner, found: &found, seed: options.seed };
     let measures = measures(&scale, &generator, &corpus, &asked, &found.refusal_tokens, tasks)?;
-    let evaluation = evaluate::evaluate(&evaluate::Setup {
+    let setup = evaluate::Setup {
         generator: &generator,
         treatments: &treatments,
         measures: &measures,
@@ -171,7 +169,8 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
         asked_six_shot: &asked.at_most(scale.n_six_shot_prompts),
         fires: &fires,
         scale: &scale,
-    })?;
+    };
+    let evaluation = evaluate::evaluate(&setup, &mut clock)?;
     let Evaluation { rows, examples, generations, conversations, n_perplexity_tokens } = evaluation;
     if journal.n_reused() > 0 {
         tell(&format!("{} of the steps were done before", journal.n_reused()));
@@ -186,6 +185,7 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
         plans.join("when.json").display()
     ));
 
+    let (steps, seconds) = clock.stop();
     let results = Results {
         model: loaded.name.clone(),
         hook_point: point.to_string(),
@@ -203,7 +203,9 @@ pub fn run_judged(options: &Options, judge: &dyn Judge) -> Result<Findings> {
             safe_prompts: asked.names(&[SetKind::LookAlike, SetKind::Ordinary]),
             sets: asked.summaries(),
             judge: judged,
-            seconds: start.elapsed().as_secs_f64(),
+            seconds,
+            steps,
+            n_reused: journal.n_reused(),
         },
         headline: found.headline,
         conditional: Some(Treatment { condition: Condition::Probe, ..found.headline }),

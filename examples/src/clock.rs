@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::progress::step;
 
 /// How long each step takes.
-pub(super) struct Clock {
+pub(crate) struct Clock {
     start: Instant,
     last: Instant,
     running: Option<String>,
@@ -13,20 +13,20 @@ pub(super) struct Clock {
 }
 
 impl Clock {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let now = Instant::now();
         Self { start: now, last: now, running: None, steps: Vec::new() }
     }
 
     /// Says what begins.
-    pub(super) fn step(&mut self, title: &str) {
+    pub(crate) fn step(&mut self, title: &str) {
         self.end();
         step(title);
         self.running = Some(title.to_owned());
     }
 
     /// Ends a part of the step that is running.
-    pub(super) fn lap(&mut self, part: &str) {
+    pub(crate) fn lap(&mut self, part: &str) {
         let seconds = self.last.elapsed().as_secs_f64();
         let step = self.running.as_deref().unwrap_or_default();
         self.steps.push((format!("{step}: {part}"), seconds));
@@ -40,7 +40,7 @@ impl Clock {
         self.last = Instant::now();
     }
 
-    pub(super) fn stop(mut self) -> (Vec<(String, f64)>, f64) {
+    pub(crate) fn stop(mut self) -> (Vec<(String, f64)>, f64) {
         self.end();
         (self.steps, self.start.elapsed().as_secs_f64())
     }
