@@ -84,7 +84,7 @@ impl LanguageModel {
     /// As [`load`](Self::load), with the matrices of weights kept in this precision.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// As [`load`](Self::load), and if the device does not have this precision.
     pub fn load_as(
         dtype: WeightDtype,
         config: ModelConfig,

@@ -62,7 +62,7 @@ impl RewardModel {
     /// As [`load`](Self::load), with the matrices of weights but the head's kept in this precision.
     ///
     /// # Errors
-    /// As [`load`](Self::load).
+    /// As [`load`](Self::load), and if the device does not have this precision.
     pub fn load_as(
         dtype: WeightDtype,
         config: ModelConfig,

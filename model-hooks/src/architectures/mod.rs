@@ -63,7 +63,7 @@ pub(crate) fn load(
     dtype: WeightDtype,
     device: &Device,
 ) -> Result<(Trunk, Unembedding), LoadError> {
-    let mut weights = Weights::new(tensors, dtype, device);
+    let mut weights = Weights::new(tensors, dtype, device)?;
     let names = Names::of(config.architecture);
     let trunk = (names.trunk)(config, &mut weights)?;
     let weight = format!("{}.weight", names.unembedding);
@@ -86,7 +86,7 @@ pub(crate) fn load_with<T>(
     device: &Device,
     head: impl FnOnce(&mut Weights<'_>) -> Result<T, LoadError>,
 ) -> Result<(Trunk, T), LoadError> {
-    let mut weights = Weights::new(tensors, dtype, device);
+    let mut weights = Weights::new(tensors, dtype, device)?;
     let trunk = (Names::of(config.architecture).trunk)(config, &mut weights)?;
     let head = head(&mut weights)?;
     weights.finish()?;

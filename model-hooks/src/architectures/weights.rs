@@ -43,9 +43,12 @@ impl<'a> Weights<'a> {
         tensors: &'a mut dyn TensorSource,
         dtype: WeightDtype,
         device: &'a Device,
-    ) -> Self {
+    ) -> Result<Self, LoadError> {
+        if dtype == WeightDtype::Bf16 && !device.supports_dtype(DType::BF16) {
+            return Err(LoadError::Dtype { dtype: DType::BF16, device: format!("{device:?}") });
+        }
         let left = tensors.names().into_iter().collect();
-        Self { tensors, left, dtype, device }
+        Ok(Self { tensors, left, dtype, device })
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::str::Utf8Error;
 
+use burn::tensor::DType;
 use hf_hub::api::sync::ApiError;
 use thiserror::Error;
 
@@ -30,6 +31,9 @@ pub enum LoadError {
         path.display()
     )]
     MissingFile { path: PathBuf, expected: &'static str },
+    /// Weights in a precision that the device does not have.
+    #[error("the device {device} has no {dtype:?}; load the weights as WeightDtype::F32")]
+    Dtype { dtype: DType, device: String },
     /// A version of GGUF that is not read here.
     #[error(
         "`{}` is GGUF version {actual}; versions 2 and 3 (little-endian) are read",
