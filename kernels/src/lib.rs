@@ -16,6 +16,8 @@
 //! | [`adam_step`], [`project_rows`], [`fit_residual`] | none |
 
 mod autodiff;
+#[cfg(feature = "cube")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "ndarray")]

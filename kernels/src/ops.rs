@@ -134,13 +134,17 @@ pub enum Search {
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cube"),
+    Fusion: cfg(feature = "fusion"),
     Autodiff,
 )]
 pub trait KernelOps: Backend {
+    #[fusion(default)]
     fn top_k(x: FloatTensor<Self>, k: usize) -> (FloatTensor<Self>, IntTensor<Self>) {
         plain_top_k::<Self>(x, k)
     }
 
+    #[fusion(default)]
     fn sparse_encode(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -152,6 +156,7 @@ pub trait KernelOps: Backend {
         plain_encode::<Self>(x, w, bias, by, select)
     }
 
+    #[fusion(default)]
     fn sparse_encode_with(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -165,6 +170,7 @@ pub trait KernelOps: Backend {
         (values, indices, products)
     }
 
+    #[fusion(default)]
     fn sparse_decode(
         indices: IntTensor<Self>,
         values: FloatTensor<Self>,
@@ -177,6 +183,7 @@ pub trait KernelOps: Backend {
     }
 
     /// Also the gradient of [`sparse_decode`](Self::sparse_decode) for the values.
+    #[fusion(default)]
     fn sparse_dot(
         indices: IntTensor<Self>,
         rows: FloatTensor<Self>,
@@ -190,6 +197,7 @@ pub trait KernelOps: Backend {
 
     /// Gradient of [`sparse_decode`](Self::sparse_decode) for the rows: `out[l] = Σ values[i, j] ·
     /// grad[i]` over the entries with `indices[i, j] = l`, for `l` below `m`.
+    #[fusion(default)]
     fn sparse_decode_grad_rows(
         indices: IntTensor<Self>,
         values: FloatTensor<Self>,
@@ -212,6 +220,7 @@ pub trait KernelOps: Backend {
     }
 
     /// `out[l] = Σ values[i, j]` over the entries with `indices[i, j] = l`, for `l` below `m`.
+    #[fusion(default)]
     fn sparse_sum(
         indices: IntTensor<Self>,
         values: FloatTensor<Self>,
@@ -228,16 +237,19 @@ pub trait KernelOps: Backend {
         )
     }
 
+    #[fusion(default)]
     fn linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         let w = cast_like::<Self>(w, &x);
         Self::float_matmul(x, w)
     }
 
+    #[fusion(default)]
     fn dot_rows(x: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
         let rows = cast_like::<Self>(rows, &x);
         Self::float_matmul(x, Self::float_transpose(rows))
     }
 
+    #[fusion(default)]
     fn rms_norm(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f64) -> FloatTensor<Self> {
         let d = x.shape()[1];
         let square = Self::float_mul(x.clone(), x.clone());
@@ -247,6 +259,7 @@ pub trait KernelOps: Backend {
         Self::float_mul(Self::float_div(x, scale), gain)
     }
 
+    #[fusion(default)]
     fn layer_norm(
         x: FloatTensor<Self>,
         gain: FloatTensor<Self>,
@@ -262,6 +275,7 @@ pub trait KernelOps: Backend {
         Self::float_add(Self::float_mul(normalized, row(gain)), row(bias))
     }
 
+    #[fusion(default)]
     fn nonlinear(x: FloatTensor<Self>, nonlinearity: Nonlinearity) -> FloatTensor<Self> {
         match nonlinearity {
             Nonlinearity::Silu => Self::float_mul(x.clone(), Self::sigmoid(x)),
@@ -278,6 +292,7 @@ pub trait KernelOps: Backend {
         }
     }
 
+    #[fusion(default)]
     fn gated(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -287,6 +302,7 @@ pub trait KernelOps: Backend {
     }
 
     /// The derivative of [`nonlinear`](Self::nonlinear).
+    #[fusion(default)]
     fn nonlinear_slope(x: FloatTensor<Self>, nonlinearity: Nonlinearity) -> FloatTensor<Self> {
         let one_less = |t| Self::float_add_scalar(Self::float_neg(t), 1.0.into());
         match nonlinearity {
@@ -331,6 +347,7 @@ pub trait KernelOps: Backend {
     }
 
     /// Gradients of [`gated`](Self::gated), for `gate` and for `up`.
+    #[fusion(default)]
     fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -344,6 +361,7 @@ pub trait KernelOps: Backend {
 
     /// Gradient of [`rms_norm`](Self::rms_norm) for `x`: with `g = grad ⊙ gain` and the divisor `s`,
     /// `g / s − x · mean(g ⊙ x) / s³`.
+    #[fusion(default)]
     fn rms_norm_backward(
         x: FloatTensor<Self>,
         gain: FloatTensor<Self>,
@@ -360,6 +378,7 @@ pub trait KernelOps: Backend {
         Self::float_sub(Self::float_div(grad, scale), along)
     }
 
+    #[fusion(default)]
     fn rotary(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -404,6 +423,7 @@ pub trait KernelOps: Backend {
         }
     }
 
+    #[fusion(default)]
     fn attention(
         q: FloatTensor<Self>,
         prefix_k: FloatTensor<Self>,
@@ -418,6 +438,7 @@ pub trait KernelOps: Backend {
 
     /// Gradients of [`attention`](Self::attention) without a prefix and a soft cap, for queries,
     /// keys and values.
+    #[fusion(default)]
     fn attention_backward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -429,6 +450,7 @@ pub trait KernelOps: Backend {
         plain_attention_backward::<Self>([q, k, v], first_column, config, grad)
     }
 
+    #[fusion(default)]
     fn adam_step(
         parameter: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
@@ -440,10 +462,12 @@ pub trait KernelOps: Backend {
         plain_adam_step::<Self>(parameter, gradient, [first, second], step, config)
     }
 
+    #[fusion(default)]
     fn project_rows(gradient: FloatTensor<Self>, rows: FloatTensor<Self>) -> FloatTensor<Self> {
         plain_project_rows::<Self>(gradient, rows)
     }
 
+    #[fusion(default)]
     fn fit_residual(
         x: FloatTensor<Self>,
         products: FloatTensor<Self>,
