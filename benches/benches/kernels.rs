@@ -5,17 +5,24 @@
 //!
 //! ```sh
 //! MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 cargo bench -p benches --bench kernels
+//! BURN_DEVICE=wgpu cargo bench -p benches --features wgpu --bench kernels
 //! ```
 
+mod device;
+
 use burn::tensor::{DType, Device, Distribution, Int, Tensor};
-use criterion::measurement::WallTime;
-use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
+use criterion::{BatchSize, BenchmarkId, Throughput};
 use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
     adam_step, attention, dot_rows, fit_residual, gated, layer_norm, linear, nonlinear,
     project_rows, rms_norm, rotary, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows,
     sparse_sum, top_k,
 };
+
+use device::Finished;
+
+type Criterion = criterion::Criterion<Finished>;
+type BenchmarkGroup<'a> = criterion::BenchmarkGroup<'a, Finished>;
 
 /// Activations of a training step.
 const BATCH: usize = 4096;
@@ -37,8 +44,9 @@ const D_HEAD: usize = 64;
 const D_VOCAB: usize = 49152;
 
 fn main() {
-    let mut criterion = Criterion::default().configure_from_args();
-    let device = Device::flex();
+    let device = device::device();
+    let criterion = criterion::Criterion::default().with_measurement(Finished(device.clone()));
+    let mut criterion = criterion.configure_from_args();
     encoder(&mut criterion, &device);
     decoder(&mut criterion, &device);
     optimiser(&mut criterion, &device);
@@ -194,7 +202,8 @@ fn scaled() -> AttentionConfig {
 fn few_rows(criterion: &mut Criterion, device: &Device) {
     let mut group = criterion.benchmark_group("few_rows");
     group.sample_size(20);
-    for (precision, dtype) in [("f32", DType::F32), ("bf16", DType::BF16)] {
+    let precisions = [("f32", DType::F32), ("bf16", DType::BF16)];
+    for (precision, dtype) in precisions.into_iter().filter(|p| device.supports_dtype(p.1)) {
         let weights = |shape: [usize; 2]| noise(shape, device).cast(dtype);
         for d_out in [D_MODEL, D_MLP] {
             let w = weights([D_MODEL, d_out]);
@@ -285,11 +294,7 @@ fn gradients(criterion: &mut Criterion, device: &Device) {
 
 /// Times the way back from the mean square of what `forth` gives: the gradient that it starts with
 /// has no two values alike.
-fn back<const D: usize>(
-    group: &mut BenchmarkGroup<'_, WallTime>,
-    name: &str,
-    forth: impl Fn() -> Tensor<D>,
-) {
+fn back<const D: usize>(group: &mut BenchmarkGroup<'_>, name: &str, forth: impl Fn() -> Tensor<D>) {
     let loss = || forth().square().mean();
     group.bench_function(name, |b| b.iter_batched(loss, |y| y.backward(), BatchSize::PerIteration));
 }

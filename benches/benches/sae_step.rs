@@ -6,10 +6,14 @@
 //!
 //! ```sh
 //! MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 cargo bench -p benches --bench sae_step
+//! BURN_DEVICE=wgpu cargo bench -p benches --features wgpu --bench sae_step
 //! ```
 
-use burn::tensor::{Device, Distribution, Tensor};
+mod device;
+
+use burn::tensor::{Distribution, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput};
+use device::Finished;
 use kernels::top_k;
 use sae_core::train::{
     ActivationMatrix, AuxKTarget, Gated, GatedAuxiliary, Group, JumpRelu, Kind, Objective,
@@ -22,8 +26,9 @@ const D_IN: usize = 576;
 const K: usize = 32;
 
 fn main() {
-    let mut criterion = Criterion::default().configure_from_args();
-    let device = Device::flex();
+    let device = device::device();
+    let criterion = Criterion::default().with_measurement(Finished(device.clone()));
+    let mut criterion = criterion.configure_from_args();
     let x = Tensor::random([BATCH, D_IN], Distribution::Normal(0.0, 1.0), &device);
     let values: Vec<f32> = x.to_data().try_into_vec_as().expect("f32");
     let matrix = ActivationMatrix::new(&values, D_IN).expect("whole rows");
