@@ -30,7 +30,14 @@ pub(super) struct Journal {
 #[derive(Debug)]
 struct Inner {
     file: File,
-    kept: HashMap<String, Value>,
+    kept: HashMap<String, Kept>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    value: Value,
+    /// Whether an earlier run made it.
+    is_from_before: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -95,7 +102,7 @@ impl Journal {
                     path.display()
                 )
             })?;
-            kept.insert(key, value);
+            kept.insert(key, Kept { value, is_from_before: true });
         }
         let n_read = kept.len();
         let inner = Mutex::new(Inner { file, kept });
@@ -117,7 +124,7 @@ impl Journal {
         self.n_read
     }
 
-    /// How often something was taken from here rather than made.
+    /// How often something was taken from what an earlier run had made.
     pub(super) fn n_reused(&self) -> usize {
         self.n_reused.load(Ordering::Relaxed)
     }
@@ -125,14 +132,14 @@ impl Journal {
     /// What was kept under a key.
     pub(super) fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
         let inner = self.inner();
-        let Some(value) = inner.kept.get(key) else { return Ok(None) };
+        let Some(Kept { value, is_from_before }) = inner.kept.get(key) else { return Ok(None) };
         let value = T::deserialize(value).with_context(|| {
             format!(
                 "the entry {key} of {} is not what it should be: remove the file to begin anew",
                 self.path.display()
             )
         })?;
-        self.n_reused.fetch_add(1, Ordering::Relaxed);
+        self.n_reused.fetch_add(usize::from(*is_from_before), Ordering::Relaxed);
         Ok(Some(value))
     }
 
@@ -149,7 +156,7 @@ impl Journal {
             let line = serde_json::to_string(&Line { key, value: serde_json::to_value(value)? })?;
             let Line { key, value } = serde_json::from_str(&line)?;
             values.push(T::deserialize(&value)?);
-            inner.kept.insert(key, value);
+            inner.kept.insert(key, Kept { value, is_from_before: false });
             text += &line;
             text.push('\n');
         }
@@ -201,6 +208,8 @@ mod tests {
         assert_eq!(journal.get::<String>("d").unwrap(), None);
         // A line begins where the torn one did.
         journal.keep([("d".to_owned(), 1)]).unwrap();
+        assert_eq!(journal.get("d").unwrap(), Some(1));
+        assert_eq!(journal.n_reused(), 2, "what this run made is not from before");
         drop(journal);
         assert_eq!(Journal::open(folder.path(), &settings).unwrap().n_read(), 4);
     }

@@ -1,5 +1,6 @@
 //! How long each latent has been silent.
 
+use burn::tensor::Tensor;
 use kernels::sparse_sum;
 
 use crate::latents::SparseLatents;
@@ -21,15 +22,13 @@ impl Ages {
         Self { rows }
     }
 
-    /// Takes in a batch, and gives the number of active latents in it, over all rows.
-    pub(super) fn update(&mut self, latents: &SparseLatents) -> usize {
-        let n = latents.n_rows() as u64;
-        let is_active = latents.values.clone().not_equal_elem(0.0).float();
-        let counts = sparse_sum(latents.indices.clone(), is_active, latents.d_sae).into_data();
+    /// Takes in a batch of so many rows, by the number of them that each latent is active on, and
+    /// gives the number of active latents over all rows.
+    pub(super) fn update(&mut self, n_active_on: Tensor<1>, n_rows: usize) -> usize {
         let mut n_active = 0.0;
-        for (age, count) in self.rows.iter_mut().zip(counts.iter::<f32>()) {
+        for (age, count) in self.rows.iter_mut().zip(n_active_on.into_data().iter::<f32>()) {
             n_active += f64::from(count);
-            *age = if count > 0.0 { 0 } else { age.saturating_add(n) };
+            *age = if count > 0.0 { 0 } else { age.saturating_add(n_rows as u64) };
         }
         n_active as usize
     }
@@ -56,10 +55,16 @@ impl Ages {
     }
 }
 
+/// On how many rows each latent is active, `[d_sae]`.
+pub(super) fn n_active_on(latents: &SparseLatents) -> Tensor<1> {
+    let is_active = latents.values.clone().not_equal_elem(0.0).float();
+    sparse_sum(latents.indices.clone(), is_active, latents.d_sae)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Tensor};
+    use burn::tensor::Device;
 
     #[test]
     fn silence_grows_and_activity_ends_it() {
@@ -70,9 +75,9 @@ mod tests {
             4,
         );
         let mut ages = Ages::new(4);
-        assert_eq!(ages.update(&batch), 2);
+        assert_eq!(ages.update(n_active_on(&batch), 2), 2);
         assert_eq!(ages.rows(), [0, 0, 2, 2]);
-        ages.update(&batch);
+        ages.update(n_active_on(&batch), 2);
         assert_eq!((ages.n_dead(4), ages.n_dead(5)), (2, 0));
         assert_eq!(ages.dead(4), [2, 3]);
         ages.revive(&[2]);

@@ -22,6 +22,7 @@
 //! | transcoders, with and without a skip | [`Transcoder`], [`Batch`] |
 //! | unit decoder rows, resampling | [`DecoderNorm`], [`Resampling`] |
 //! | the divergence of a language model's predictions | [`EndToEnd`], [`Upstream`] |
+//! | several workers, each on its part of a batch | [`TrainState::step_among`], [`Reduce`] |
 //!
 //! A run is determined by its configuration and its activations, bit for bit on one machine: all
 //! that it has to remember between two steps is a [`TrainState`] and the position in the stream of
@@ -43,6 +44,7 @@ mod matrix_source;
 mod moments;
 mod objective;
 mod parameters;
+mod reduce;
 mod resampling;
 mod row_order;
 mod schedule;
@@ -66,6 +68,7 @@ pub use objective::{
     ThresholdParameter, Upstream,
 };
 pub use parameters::{ParameterName, Parameters};
+pub use reduce::{Collective, Reduce, ReduceError, Thread};
 pub use resampling::{Resampling, ResamplingRule};
 pub use schedule::{Anneal, DecayShape, Schedule};
 pub use state::{StepOutcome, StepReport, TrainState};

@@ -1,7 +1,7 @@
 //! The optimiser, and what it remembers.
 
 use burn::config::Config;
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use kernels::{AdamConfig, AdamState, adam_step};
 
 use super::decoder_norm::{DecoderNorm, unit_rows};
@@ -111,6 +111,11 @@ impl Moments {
         Self { first: parameters.zeros_like(), second }
     }
 
+    /// The same on another device.
+    pub fn to_device(self, device: &Device) -> Self {
+        Self { first: self.first.to_device(device), second: self.second.to_device(device) }
+    }
+
     /// Moves the parameters by one step, and brings the decoder's rows back to the norm that they are
     /// held at; `step` counts from 1.
     ///
@@ -187,7 +192,7 @@ impl Betas {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, TensorData};
+    use burn::tensor::TensorData;
 
     fn parameters(w_dec: [[f32; 2]; 2], b_dec: [f32; 2]) -> Parameters {
         let device = Device::flex();

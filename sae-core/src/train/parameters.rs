@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::sae::{Magnitude, SaeWeights, row_squares};
@@ -257,6 +257,11 @@ impl Parameters {
         self.named().map(|(name, tensor)| (name, tensor.zeros_like())).collect()
     }
 
+    /// The same on another device.
+    pub fn to_device(self, device: &Device) -> Self {
+        self.tensors.into_iter().map(|(name, tensor)| (name, tensor.to_device(device))).collect()
+    }
+
     /// `√Σ p²` over all of them.
     pub fn norm(&self) -> f64 {
         let square = |tensor: &Tensor<2>| row_squares(tensor).sum().into_scalar::<f32>();
@@ -278,7 +283,6 @@ impl Parameters {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
 
     fn counted<const D: usize>(shape: [usize; D]) -> Tensor<D> {
         let n = shape.iter().product::<usize>() as i64;

@@ -292,33 +292,57 @@ impl Selection {
     }
 }
 
+/// The smallest latents of a batch: the smallest of all, or the sum of the smallest of each row, with
+/// the number of those that it is of.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(in crate::train) struct Smallest {
+    pub(in crate::train) value: f64,
+    pub(in crate::train) n: usize,
+}
+
 impl RunningThreshold {
-    /// The threshold after a step, counted from 0, that kept these values (`k` a row, those above
-    /// zero are latents).
+    /// The smallest of these values (`k` a row, those above zero are latents).
+    pub(in crate::train) fn smallest(self, values: &[f32], k: usize) -> Smallest {
+        let smallest = |values: &[f32]| {
+            let active = values.iter().copied().filter(|value| *value > 0.0);
+            active.min_by(f32::total_cmp).map(|value| Smallest { value: f64::from(value), n: 1 })
+        };
+        let parts = match self {
+            Self::DictionaryLearningByRow { .. } => values.chunks(k.max(1)),
+            _ => values.chunks(values.len().max(1)),
+        };
+        self.of_all(parts.filter_map(smallest))
+    }
+
+    /// The smallest of several batches.
+    pub(in crate::train) fn of_all(self, parts: impl Iterator<Item = Smallest>) -> Smallest {
+        let of_two = |a: Smallest, b: Smallest| match self {
+            Self::DictionaryLearningByRow { .. } => {
+                Smallest { value: a.value + b.value, n: a.n + b.n }
+            }
+            _ => Smallest { value: a.value.min(b.value), n: 1 },
+        };
+        parts.filter(|part| part.n > 0).reduce(of_two).unwrap_or_default()
+    }
+
+    /// The threshold after a step, counted from 0.
     pub(in crate::train) fn next(
         self,
         current: Option<f64>,
-        values: &[f32],
-        k: usize,
+        smallest: Smallest,
         step: usize,
     ) -> Option<f64> {
-        let smallest = |values: &[f32]| {
-            let active = values.iter().copied().filter(|value| *value > 0.0);
-            active.min_by(f32::total_cmp).map(f64::from)
-        };
-        let (beta, start_step, seen) = match self {
+        let seen = smallest.value / smallest.n.max(1) as f64;
+        let (beta, start_step) = match self {
             Self::SaeLens { rate } => {
                 let current = current.unwrap_or(0.0);
-                let seen = smallest(values);
-                return Some(seen.map_or(current, |seen| (1.0 - rate) * current + rate * seen));
+                return Some(match smallest.n {
+                    0 => current,
+                    _ => (1.0 - rate) * current + rate * seen,
+                });
             }
-            Self::DictionaryLearning { beta, start_step } => {
-                (beta, start_step, smallest(values).unwrap_or(0.0))
-            }
-            Self::DictionaryLearningByRow { beta, start_step } => {
-                let rows: Vec<f64> = values.chunks(k).filter_map(smallest).collect();
-                (beta, start_step, rows.iter().sum::<f64>() / rows.len().max(1) as f64)
-            }
+            Self::DictionaryLearning { beta, start_step }
+            | Self::DictionaryLearningByRow { beta, start_step } => (beta, start_step),
         };
         match current {
             current if step <= start_step => current,
