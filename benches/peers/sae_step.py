@@ -26,7 +26,7 @@ def sae_lens(kind, options):
     more = {
         "topk": {"k": options.k},
         "batchtopk": {"k": options.k},
-        "jumprelu": {},
+        "jumprelu": {"l0_coefficient": 1e-3},
         "gated": {"l1_coefficient": 1e-3},
         "standard": {"l1_coefficient": 1e-3},
     }[kind]
@@ -131,12 +131,13 @@ LIBRARIES = {
 
 
 def agree(options):
-    """Fails unless the step by hand follows SAELens' TopK from the same weights."""
+    """Writes initial weights and batches, and what SAELens' losses on them are, for others to follow;
+    fails unless the step by hand does."""
+    from safetensors.torch import save_file
     from sparse_step import SparseStep
 
     torch.manual_seed(0)
-    _, step, sae = sae_lens("topk", options)
-    hand = SparseStep(sae.W_enc.detach().T, sae.W_dec.detach(), options.k, options.lr)
+    _, step, sae = sae_lens(options.kind, options)
     # Activations of few directions, so that there is something to learn.
     directions = torch.randn(64, options.d_in)
     batches = [
@@ -144,12 +145,19 @@ def agree(options):
             options.batch, options.d_in)
         for _ in range(4)
     ]
-    for i in range(50):
-        theirs, _ = step(batches[i % 4])
-        ours = hand(batches[i % 4])
-        if i in (0, 9, 49):
-            print(json.dumps({"step": i + 1, "sae_lens": theirs, "by_hand": ours}), flush=True)
-    assert abs(ours - theirs) <= 0.01 * theirs, "they part"
+    weights = {name: tensor.detach().float().clone().contiguous()
+               for name, tensor in sae.named_parameters()}
+    save_file(weights | {"x": torch.stack(batches)}, options.agree)
+    hand = None
+    if options.kind == "topk":
+        hand = SparseStep(sae.W_enc.detach().T, sae.W_dec.detach(), options.k, options.lr)
+    losses = []
+    for i in range(options.steps):
+        losses.append(step(batches[i % 4])[0])
+        by_hand = hand and hand(batches[i % 4])
+    print(json.dumps({"kind": options.kind, "losses": losses}), flush=True)
+    if hand:
+        assert abs(by_hand - losses[-1]) <= 0.01 * losses[-1], "the step by hand parts from SAELens'"
 
 
 def read_gb_s():
@@ -227,8 +235,8 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--agree", action="store_true",
-                        help="compare the losses of 50 steps by hand with SAELens', and time nothing")
+    parser.add_argument("--agree", type=Path, metavar="FILE",
+                        help="write weights, batches and SAELens' losses, and time nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     # Its kernels for GPUs stand in for the plain decoder wherever they can be imported.

@@ -55,6 +55,21 @@ pub(crate) fn gemm(config: &ModelConfig, n: usize, device: &Device) -> f64 {
     flops as f64 / time.as_secs_f64()
 }
 
+/// Bytes that a device moves in a second at most: what all cores together read from memory, or on a
+/// GPU what a copy reads and writes.
+pub(crate) fn memory_bandwidth(device: &Device) -> f64 {
+    const N: usize = 1 << 26;
+    if *device == Device::flex() {
+        return read_bandwidth();
+    }
+    let x = Tensor::<1>::zeros([N], device);
+    let time = median(|| {
+        black_box(x.clone() + 1.0);
+        device.sync().expect("the device does its work");
+    });
+    (2 * N * size_of::<f32>()) as f64 / time.as_secs_f64()
+}
+
 /// Bytes that all cores together read from memory in a second.
 pub(crate) fn read_bandwidth() -> f64 {
     const N: usize = 1 << 28;

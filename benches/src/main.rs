@@ -3,11 +3,14 @@
 
 #![expect(clippy::print_stdout, reason = "the measurements are what the program is for")]
 
+mod agree;
 mod attributed;
+mod growth;
 mod limits;
 mod memory;
 mod model;
 mod peak;
+mod quality;
 mod sae_step;
 mod save;
 mod soak;
@@ -26,12 +29,18 @@ struct Options {
 
 #[derive(Subcommand)]
 enum What {
+    /// Losses of a run from given weights on given batches.
+    Agree(agree::Options),
     /// Effects of all latents, by gradients.
     Attribution(attributed::Options),
+    /// How the time of a training step grows, as a picture.
+    Growth(growth::Options),
     /// Forward passes, decoding and gradients of a model.
     Model(model::Options),
     /// What a model takes in memory, by its config alone: its weights are drawn.
     Memory(memory::Options),
+    /// How good SAEs become on the same activations, ours and others'.
+    Quality(quality::Options),
     /// A training step of an SAE.
     SaeStep(sae_step::Options),
     /// What saving a training run takes.
@@ -45,9 +54,12 @@ enum What {
 fn main() -> Result<()> {
     let options = Options::parse();
     examples::pool::on_the_pool(|| match options.what {
+        What::Agree(options) => agree::run(&options),
         What::Attribution(options) => attributed::run(&options),
+        What::Growth(options) => growth::run(&options),
         What::Model(options) => model::run(&options),
         What::Memory(options) => memory::run(&options),
+        What::Quality(options) => quality::run(&options),
         What::SaeStep(options) => sae_step::run(&options),
         What::Save(options) => save::run(&options),
         What::Soak(options) => soak::run(&options),

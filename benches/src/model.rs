@@ -15,6 +15,7 @@ use model_hooks::{
     WeightDtype, load,
 };
 use serde::Serialize;
+use serde_json::json;
 
 use crate::limits::{gemm, linear_layers, median, read_bandwidth};
 use crate::peak::{peak_mb, reset_peak};
@@ -38,7 +39,8 @@ pub(crate) struct Options {
     only: Vec<String>,
 }
 
-const NAMES: [&str; 8] = [
+const NAMES: [&str; 9] = [
+    "load",
     "harvest_l15",
     "forward_logits",
     "forward_last",
@@ -71,12 +73,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let tensors = checkpoint.tensors.as_mut();
         Ok(LanguageModel::load_as(dtype, checkpoint.config, tensors, &device)?)
     };
-    let (model, bandwidth) = (load(WeightDtype::F32)?, read_bandwidth());
+    let start = Instant::now();
+    let model = load(WeightDtype::F32)?;
+    let (load_s, load_peak_mb) = (start.elapsed().as_secs_f64(), peak_mb());
+    let bandwidth = read_bandwidth();
     // Not before: what has been freed by now is to go back to the system.
     examples::allocator::keep_pages();
     let bench = Bench::new(model, options.layer, bandwidth)?;
     println!("{}", bench.limits());
     let wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|n| n == name);
+    if wanted("load") {
+        let line = json!({ "name": "load", "seconds": load_s, "peak_rss_mb": load_peak_mb });
+        println!("{line}");
+    }
     if wanted("harvest_l15") {
         bench.harvest();
     }
@@ -127,7 +136,7 @@ impl Bench {
     }
 
     fn limits(&self) -> serde_json::Value {
-        serde_json::json!({
+        json!({
             "name": "limits",
             "gemm_gflop_per_s": self.gemm / 1e9,
             "read_gb_per_s": self.bandwidth / 1e9,

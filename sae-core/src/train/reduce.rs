@@ -98,12 +98,8 @@ struct Round {
 impl Thread {
     /// So many workers, for as many threads.
     pub fn workers(n_workers: usize) -> Vec<Self> {
-        let round = Round {
-            brought: vec![None; n_workers],
-            sum: None,
-            n_done: 0,
-            is_broken: false,
-        };
+        let round =
+            Round { brought: vec![None; n_workers], sum: None, n_done: 0, is_broken: false };
         let shared = Arc::new(Shared { round: Mutex::new(round), changed: Condvar::new() });
         let worker = |rank| Self { rank, n_workers, shared: shared.clone() };
         (0..n_workers).map(worker).collect()

@@ -28,8 +28,8 @@ pub use ghost::GhostGradients;
 pub use jump_relu::{JumpRelu, L0Loss, StraightThrough, ThresholdParameter};
 pub use matching_pursuit::MatchingPursuit;
 pub use matryoshka::{AuxKTarget, Group};
-pub use selecting::{RunningThreshold, Selecting, Selection};
 pub(super) use selecting::Smallest;
+pub use selecting::{RunningThreshold, Selecting, Selection};
 pub use sparsity::{Sparsity, SparsityNorm};
 pub use standard::Standard;
 
