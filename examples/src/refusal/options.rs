@@ -39,7 +39,7 @@ pub struct Options {
     /// Smaller sets and fewer rows: minutes instead of twenty
     #[arg(long)]
     pub quick: bool,
-    /// The published sets (--sets) at full size: hours
+    /// The published sets (--sets) at full size: an hour or two
     #[arg(long)]
     pub full: bool,
     /// Strengths to clamp latents to, as multiples of their largest activation in training
