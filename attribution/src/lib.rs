@@ -16,7 +16,7 @@
 //! | measure them (activation patching) | [`Study::measure_patches`] |
 //! | estimate what latents do by way of latents further up | [`Study::attribute_edges`] |
 //! | prune all latents but some, and see what is left | [`Study::circuit_shares`] |
-//! | leave alone what the texts of a pair share | [`Study::from_positions`] |
+//! | leave alone what the texts of a pair share | [`Study::from_positions`], [`Study::to_positions`] |
 //! | run what comes before the first change once | [`Study::share_prefix`], [`Study::start_at`] |
 //!
 //! ```no_run

@@ -1,5 +1,7 @@
 //! Conversations of which a metric is to be explained.
 
+use std::ops::Range;
+
 use burn::tensor::{Int, Tensor, TensorData};
 use model_hooks::{
     Activation, ActivationCache, Hook, HookPoint, KvCache, LanguageModel, Positions, SharedPrefix,
@@ -21,7 +23,8 @@ use crate::site::other_run;
 pub struct Study<'a, M> {
     metric: &'a M,
     conversations: Vec<Vec<u32>>,
-    firsts: Vec<usize>,
+    /// The positions of each that are changed.
+    changed: Vec<Range<usize>>,
     /// What all conversations begin with, and passes leave out.
     prefix: SharedPrefix,
     start: Option<Start>,
@@ -42,7 +45,7 @@ impl<'a, M: Metric> Study<'a, M> {
     /// Tokens per pass unless told otherwise.
     const BATCH_TOKENS: usize = 2048;
 
-    /// Of these conversations, changed from their first tokens on.
+    /// Of these conversations, changed at all their tokens.
     ///
     /// # Errors
     /// If there are none, or they do not fit the model.
@@ -53,9 +56,9 @@ impl<'a, M: Metric> Study<'a, M> {
         let body = metric.body();
         TokenBatch::new(conversations, body.config(), body.device())?;
         let conversations: Vec<_> = conversations.iter().map(|ids| ids.as_ref().to_vec()).collect();
-        let firsts = vec![0; conversations.len()];
+        let changed = conversations.iter().map(|ids| 0..ids.len()).collect();
         let (prefix, start, batch_tokens) = (SharedPrefix::default(), None, Self::BATCH_TOKENS);
-        Ok(Self { metric, conversations, firsts, prefix, start, batch_tokens })
+        Ok(Self { metric, conversations, changed, prefix, start, batch_tokens })
     }
 
     /// Leaves the positions of each conversation alone that come before its own first one: those
@@ -71,7 +74,23 @@ impl<'a, M: Metric> Study<'a, M> {
             "a first position for each conversation"
         );
         assert_eq!(self.prefix.n_tokens(), 0, "a prefix is shared already");
-        self.firsts = firsts;
+        for (changed, first) in self.changed.iter_mut().zip(firsts) {
+            changed.start = first;
+        }
+        self
+    }
+
+    /// Leaves the positions of each conversation alone from its own end on: the token that a reward
+    /// is read at, for example, which gathers what the others say.
+    ///
+    /// # Panics
+    /// If there is not one for each conversation.
+    #[must_use]
+    pub fn to_positions(mut self, ends: Vec<usize>) -> Self {
+        assert_eq!(ends.len(), self.conversations.len(), "an end for each conversation");
+        for (changed, end) in self.changed.iter_mut().zip(ends) {
+            changed.end = end;
+        }
         self
     }
 
@@ -90,7 +109,8 @@ impl<'a, M: Metric> Study<'a, M> {
         let common = others.iter().map(common).min().unwrap_or(first.len());
         // The last token of each stays, as the metric is read there.
         let lengths = self.conversations.iter().map(|ids| ids.len() - 1);
-        let alone = self.firsts.iter().copied().chain(lengths).min().unwrap_or(0);
+        let firsts = self.changed.iter().map(|changed| changed.start);
+        let alone = firsts.chain(lengths).min().unwrap_or(0);
         let prefix = &first[..common.min(alone)];
         if !prefix.is_empty() {
             self.prefix = self.body().prefix(prefix, &mut ())?;
@@ -142,9 +162,9 @@ impl<'a, M: Metric> Study<'a, M> {
         &self.conversations
     }
 
-    /// The first position of each conversation that is changed.
-    pub fn firsts(&self) -> &[usize] {
-        &self.firsts
+    /// The positions of each conversation that are changed.
+    pub fn changed(&self) -> &[Range<usize>] {
+        &self.changed
     }
 
     /// The metric of each conversation as it is.
@@ -306,11 +326,11 @@ impl<'a, M: Metric> Study<'a, M> {
     pub(crate) fn mask(&self, least: usize) -> Result<Tensor<2>, AttributionError> {
         let positions = self.positions()?;
         let n = positions.n_columns();
-        let mut mask = Vec::with_capacity(n * self.firsts.len());
-        for (row, &first) in self.firsts.iter().enumerate() {
-            let changed =
-                |column| positions.get(row, column).is_some_and(|p| p >= first.max(least));
-            mask.extend((0..n).map(|column| f32::from(changed(column))));
+        let mut mask = Vec::with_capacity(n * self.changed.len());
+        for (row, changed) in self.changed.iter().enumerate() {
+            let is_changed = |position: usize| position >= least && changed.contains(&position);
+            let is_changed = |column| positions.get(row, column).is_some_and(is_changed);
+            mask.extend((0..n).map(|column| f32::from(is_changed(column))));
         }
         let shape = [mask.len(), 1];
         Ok(Tensor::from_data(TensorData::new(mask, shape), self.body().device()))

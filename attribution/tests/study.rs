@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use attribution::{
     Ablation, AttributionConfig, AttributionError, Baseline, CheckConfig, Circuit, Cut, CutOf,
     Effect, End, ErrorGradient, Errors, Integration, Metric, NextToken, Patch, Path, Pruned,
-    Reward, Rule, SaeMeans, SaeSite, SiteEffects, Study, Target, Weighted,
+    Reward, Rule, SaeMeans, SaeSite, SiteEffects, Study, Target, TokenEffect, Weighted,
 };
 use burn::tensor::{Device, Tensor, TensorData};
 use goldens::assert_close;
@@ -296,6 +296,40 @@ fn padding_changes_nothing() {
             close("measured", alone.1.change(), batched.1.change(), 1e-5);
         }
     }
+}
+
+#[test]
+fn only_positions_between_the_first_and_the_end_are_changed() {
+    let (model, sae) = (language_model(), sae(4));
+    let metric = difference(&model);
+    let site = SaeSite::new(&sae, HookPoint::resid_post(1));
+    let firsts: Vec<usize> = vec![1; ROWS.len()];
+    let whole = Study::new(&metric, &ROWS).unwrap().from_positions(firsts.clone());
+    let config = AttributionConfig::GRADIENT_TIMES_ACTIVATION;
+    let of = |study: &Study<'_, _>| {
+        let effects = study.attribute(&[site], Baseline::Zero, config).unwrap().remove(0);
+        let cuts: Vec<Cut> = (0..ROWS.len())
+            .map(|conversation| Cut { conversation, what: CutOf::Everything })
+            .collect();
+        (effects, study.measure_cuts(&site, Baseline::Zero, &cuts).unwrap())
+    };
+    let (of_whole, everything) = of(&whole);
+    let ends: Vec<usize> = ROWS.iter().map(|ids| ids.len()).collect();
+    let (_, same) = of(&whole.clone().to_positions(ends.clone()));
+    assert_eq!(everything, same, "all positions");
+    let before_last: Vec<usize> = ends.iter().map(|end| end - 1).collect();
+    let (of_words, without_last) = of(&whole.clone().to_positions(before_last.clone()));
+    assert!(everything.iter().zip(&without_last).all(|(a, b)| a != b), "the last matters");
+    let key = |token: &TokenEffect| (token.conversation, token.position, token.latent_idx);
+    let words: BTreeMap<_, f64> =
+        of_words.tokens().map(|token| (key(&token), token.effect.change())).collect();
+    for token in of_whole.tokens() {
+        let is_word = token.position < before_last[token.conversation];
+        let kept = words.get(&key(&token)).copied().unwrap_or(0.0);
+        close("effect", kept, if is_word { token.effect.change() } else { 0.0 }, 1e-6);
+    }
+    let (_, none) = of(&whole.to_positions(firsts));
+    none.iter().for_each(|effect| close("nothing is changed", effect.change(), 0.0, 1e-6));
 }
 
 #[test]

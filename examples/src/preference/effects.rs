@@ -43,6 +43,10 @@ pub(super) struct Question<'a> {
     pub(super) rewards: &'a [f64],
     pub(super) scale: &'a Scale,
     pub(super) explained_threshold: f64,
+    /// An inserted sentence raises a reward if by more than this.
+    pub(super) rise_threshold: f64,
+    /// Whether the last token, which the reward is read at, is changed as the words are.
+    pub(super) with_last: bool,
     pub(super) seed: u64,
     pub(super) stages: &'a Stages,
     /// Of the preference model.
@@ -59,9 +63,6 @@ pub(super) struct TextEffects {
     /// By integrated gradients of all latents together, as in the source work; of verified texts.
     pub(super) together: BTreeMap<usize, f64>,
     /// By integrated gradients, of each latent at each token but the last: latent, position, effect.
-    ///
-    /// What a text ends with is there whatever it says: latents that are active on it tell how good
-    /// the text was, not what was good about it.
     pub(super) on_words: Vec<(usize, usize, f64)>,
     /// Of the error of the autoencoder, by integrated gradients.
     pub(super) error: f64,
@@ -72,17 +73,31 @@ pub(super) struct TextEffects {
     pub(super) all: f64,
 }
 
-impl<'a> Question<'a> {
+impl Question<'_> {
+    /// Texts, each changed from its own first position on, to its last word.
+    pub(super) fn study<'m>(
+        &self,
+        metric: &'m Reward<'m>,
+        texts: &[impl AsRef<[u32]>],
+        firsts: impl IntoIterator<Item = usize>,
+    ) -> Result<Study<'m, Reward<'m>>> {
+        let left_alone = usize::from(!self.with_last);
+        let ends = texts.iter().map(|ids| ids.as_ref().len() - left_alone);
+        let study = Study::new(metric, texts)?
+            .from_positions(firsts.into_iter().collect())
+            .to_positions(ends.collect());
+        Ok(study.with_batch_tokens(BATCH_TOKENS))
+    }
+
     /// One pair, changed from where its texts part.
-    pub(super) fn study(
-        metric: &'a Reward<'a>,
+    pub(super) fn study_pair<'m>(
+        &self,
+        metric: &'m Reward<'m>,
         pair: &TokenPair,
         point: HookPoint,
-    ) -> Result<Study<'a, Reward<'a>>> {
-        let study = Study::new(metric, &pair.texts())?
-            .from_positions(vec![pair.divergence; 2])
-            .with_batch_tokens(2 * BATCH_TOKENS);
-        Ok(study.share_prefix()?.start_at(point)?)
+    ) -> Result<Study<'m, Reward<'m>>> {
+        let study = self.study(metric, &pair.texts(), [pair.divergence; 2])?;
+        Ok(study.with_batch_tokens(2 * BATCH_TOKENS).share_prefix()?.start_at(point)?)
     }
 
     /// What `of_pair` gives for each pair, or gave before.
@@ -100,7 +115,7 @@ impl<'a> Question<'a> {
             let first = nth * PAIRS_OF_A_STAGE;
             let key = Fingerprint::new(&json!({
                 "model": self.key, "sae": trained.key, "texts": Fingerprint::of_texts(&texts(stage)),
-                "first": first, "settings": settings,
+                "first": first, "with_last": self.with_last, "settings": settings,
             }));
             let name = format!("block{}-{name}", trained.layer);
             let found: Vec<T> = self.stages.value(&name, &key, || {
@@ -130,7 +145,7 @@ impl<'a> Question<'a> {
             "steps": [N_GROUPS, N_STEPS, N_STEPS_TOGETHER], "n_verified": n_verified,
         });
         let of_pair = |nth: usize, pair: &TokenPair| -> Result<[TextEffects; 2]> {
-            let study = Question::study(&metric, pair, site.point)?;
+            let study = self.study_pair(&metric, pair, site.point)?;
             attributed(&study, &site, nth < n_verified).context("while attributing rewards")
         };
         let pairs = self.by_pair("attributed", trained, self.pairs, settings, of_pair)?;
@@ -150,7 +165,7 @@ impl<'a> Question<'a> {
         let n_pairs = self.scale.n_verified_pairs.min(self.pairs.len());
         let settings = json!({"latents": latents});
         let of_pair = |nth: usize, pair: &TokenPair| -> Result<[BTreeMap<usize, f64>; 2]> {
-            let study = Question::study(&metric, pair, site.point)?;
+            let study = self.study_pair(&metric, pair, site.point)?;
             let active = |text: usize| {
                 let ig = &effects[2 * nth + text].ig;
                 latents.iter().filter(|latent| ig.contains_key(latent)).map(move |&l| (text, l))

@@ -56,7 +56,7 @@ pub(super) fn shares(
     let metric = Reward::new(question.model);
     let site = SaeSite::new(&trained.sae, trained.point());
     let of_pair = |nth: usize, pair: &TokenPair| -> Result<Differences> {
-        let study = Question::study(&metric, pair, site.point)?;
+        let study = question.study_pair(&metric, pair, site.point)?;
         let sets = sizes.iter().map(|&n| CutOf::Latents(orders[nth % 2][..n].to_vec()));
         let sets: Vec<CutOf> = sets.chain([CutOf::AllLatents, CutOf::Error]).collect();
         let cut = |what: &CutOf| [0, 1].map(|text| Cut { conversation: text, what: what.clone() });

@@ -1,12 +1,13 @@
 //! What fires raising latents, put into texts that have nothing to do with it.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use anyhow::{Context, Result};
 use attribution::{Baseline, Cut, Effect, Reward, SaeSite, Study};
 use steering::Rate;
 
-use super::effects::Question;
+use super::effects::{Question, TextEffects};
 use super::model::{BATCH_TOKENS, texts};
 use super::pairs::divergence;
 use super::ranked::OnWords;
@@ -16,22 +17,22 @@ use super::sources::{Encoding, conversation};
 use super::table;
 use crate::corpus::Turn;
 
-/// Raising latents whose firing is inserted, and which are ablated again.
+/// Raising latents, which are ablated again.
 const N_LATENTS: usize = 5;
-/// Tokens before and behind the one at which a latent raises a reward most, at most: no further than
-/// its sentence.
+/// Sentences that fire them, which are inserted.
+const N_PHRASES: usize = 5;
+/// Tokens of a sentence before and behind one at which a latent is active, at most.
 const AROUND: usize = 12;
 /// What a sentence ends with, or begins behind.
 const ENDS: [char; 5] = ['.', '!', '?', ':', '\n'];
-/// Answers that controls are chosen among.
-const N_OTHERS: usize = 60;
+/// Answers that a control is chosen among.
+const N_OTHERS: usize = 3;
 
 /// Insertions, and how many of them raise the reward by more than the threshold.
 pub(super) struct Insertions {
     pub(super) insertions: Vec<Insertion>,
     pub(super) success: Rate,
     pub(super) control: Rate,
-    pub(super) threshold: f64,
 }
 
 /// Puts what fires the latents that raise the reward most behind answers to other questions, and
@@ -39,22 +40,22 @@ pub(super) struct Insertions {
 pub(super) fn insert(
     question: &Question<'_>,
     trained: &TrainedSae,
+    effects: &[TextEffects],
     raising: &[OnWords],
     hosts: &[Turn],
     encoding: Encoding<'_>,
 ) -> Result<Insertions> {
     let raising = &raising[..N_LATENTS.min(raising.len())];
     let latents: Vec<usize> = raising.iter().map(|raising| raising.latent).collect();
-    let phrases = phrases(question, raising)?;
+    let phrases = phrases(question, effects, &latents)?;
     let (hosts, others) = hosts.split_at(question.scale.n_insertions.min(hosts.len() / 2));
-    let others = &others[..N_OTHERS.min(others.len())];
-    let controls = controls(question, trained, &latents, others, phrases.len(), encoding)?;
+    let others = &others[..(N_OTHERS * hosts.len()).min(others.len())];
+    let controls = controls(question, trained, &latents, others, hosts.len(), encoding)?;
     let plain: Vec<String> =
         hosts.iter().map(|turn| conversation(&turn.prompt, &turn.answer)).collect();
     let plain_ids = plain.iter().map(|text| encoding.encode(text)).collect::<Result<Vec<_>>>()?;
     let metric = Reward::new(question.model);
-    let before = study(&metric, &plain_ids)?.clean()?;
-    let threshold = 0.5 * deviation(&before);
+    let before = Study::new(&metric, &plain_ids)?.with_batch_tokens(BATCH_TOKENS).clean()?;
     let mut insertions = Vec::new();
     for (phrases, is_control) in [(phrases, false), (controls, true)] {
         if phrases.is_empty() {
@@ -68,7 +69,7 @@ pub(super) fn insert(
         let ids = ids.collect::<Result<Vec<_>>>()?;
         let firsts = ids.iter().zip(&plain_ids).map(|(ids, plain)| divergence(ids, plain));
         let site = SaeSite::new(&trained.sae, trained.point());
-        let study = study(&metric, &ids)?.from_positions(firsts.collect()).start_at(site.point)?;
+        let study = question.study(&metric, &ids, firsts)?.start_at(site.point)?;
         let after = study.clean()?;
         let cuts: Vec<Cut> =
             (0..ids.len()).map(|text| Cut::latents(text, latents.clone())).collect();
@@ -88,15 +89,12 @@ pub(super) fn insert(
     let rate = |is_control: bool| {
         let of: Vec<&Insertion> =
             insertions.iter().filter(|insertion| insertion.is_control == is_control).collect();
-        let rises = |insertion: &&&Insertion| insertion.after - insertion.before > threshold;
+        let rises =
+            |insertion: &&&Insertion| insertion.after - insertion.before > question.rise_threshold;
         Rate::wilson(of.iter().filter(rises).count(), of.len())
     };
     let (success, control) = (rate(false), rate(true));
-    Ok(Insertions { insertions, success, control, threshold })
-}
-
-fn study<'a>(metric: &'a Reward<'a>, ids: &[Vec<u32>]) -> Result<Study<'a, Reward<'a>>> {
-    Ok(Study::new(metric, ids)?.with_batch_tokens(BATCH_TOKENS))
+    Ok(Insertions { insertions, success, control })
 }
 
 /// The tokens of the sentence around one of them, between two positions.
@@ -122,18 +120,30 @@ fn words(question: &Question<'_>, text: usize, tokens: Range<usize>) -> Result<S
     Ok(tokenizer.decode(&ids)?.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// The sentence around the token, behind where texts part, at which each latent raises a reward most.
-fn phrases(question: &Question<'_>, raising: &[OnWords]) -> Result<Vec<String>> {
-    let phrase = |&OnWords { text, position, .. }: &OnWords| {
+/// The sentences, behind where texts part, on which some latents together add most to the difference
+/// of rewards: over all texts that say them, so that what either text says alike adds nothing.
+fn phrases(
+    question: &Question<'_>,
+    effects: &[TextEffects],
+    latents: &[usize],
+) -> Result<Vec<String>> {
+    let mut added = BTreeMap::<String, f64>::new();
+    for (text, of_text) in effects.iter().enumerate() {
+        let sign = if text % 2 == 0 { 1.0 } else { -1.0 };
         let within = question.pairs[text / 2].divergence..texts(question.pairs)[text].len();
-        words(question, text, sentence(question, text, position, within))
-    };
-    let mut phrases = raising.iter().map(phrase).collect::<Result<Vec<_>>>()?;
-    phrases.retain(|phrase| !phrase.is_empty());
-    Ok(phrases)
+        for &(_, at, effect) in of_text.on_words.iter().filter(|(of, ..)| latents.contains(of)) {
+            let said = words(question, text, sentence(question, text, at, within.clone()))?;
+            // What a latent adds is its effect with the sign turned.
+            *added.entry(said).or_default() -= sign * effect;
+        }
+    }
+    added.retain(|said, added| !said.is_empty() && *added > 0.0);
+    let mut phrases: Vec<(String, f64)> = added.into_iter().collect();
+    phrases.sort_by(|a, b| b.1.total_cmp(&a.1));
+    Ok(phrases.into_iter().take(N_PHRASES).map(|(said, _)| said).collect())
 }
 
-/// As many answers to other questions, those on which the latents are least active.
+/// Answers to other questions, those on which the latents are least active.
 fn controls(
     question: &Question<'_>,
     trained: &TrainedSae,

@@ -45,7 +45,7 @@ pub use text::{as_conversation, attribute_text};
 
 use self::bradley_terry::Agreement;
 use self::effects::{Question, TextEffects, extremes, means};
-use self::insertions::Insertions;
+use self::insertions::{Insertions, deviation};
 use self::model::texts;
 use self::planted::{PlantedPair, Rule};
 use self::ranked::Ranked;
@@ -65,6 +65,8 @@ use crate::storage::cache_folder;
 const N_NAMED: usize = 8;
 /// A difference of rewards counts from this share of the standard deviation of all.
 const COUNTED: f64 = 0.25;
+/// An inserted sentence raises a reward if by more than this share of the mean |difference|.
+const RISES: f64 = 0.5;
 
 /// Runs it all. What an earlier run had done is in the cache, and is not done again.
 ///
@@ -137,7 +139,10 @@ pub fn run(options: &Options) -> Result<Results> {
         pairs: &pairs,
         rewards: &of_chosen,
         scale: &scale,
-        explained_threshold: COUNTED * insertions::deviation(&differences),
+        explained_threshold: COUNTED * deviation(&differences),
+        rise_threshold: RISES * differences.iter().map(|d| d.abs()).sum::<f64>()
+            / differences.len().max(1) as f64,
+        with_last: options.changes_last(),
         seed: options.seed,
         stages: &stages,
         key: &key,
@@ -169,8 +174,11 @@ pub fn run(options: &Options) -> Result<Results> {
         n_verified: scale.n_verified_pairs.min(pairs.len()),
         left_out,
     };
-    let told = Told { agreement, by_rule, pairs: pairs_used, human, text };
-    results(&loaded, options, told, found, question.explained_threshold, clock)
+    let (explained_threshold, rise_threshold) =
+        (question.explained_threshold, question.rise_threshold);
+    let pairs = pairs_used;
+    let told = Told { agreement, by_rule, pairs, human, text, explained_threshold, rise_threshold };
+    results(&loaded, options, told, found, clock)
 }
 
 /// What was found of one autoencoder.
@@ -214,7 +222,7 @@ fn explain(
     let rows = table::rows(question, trained, &latents, &effects, &measured, ranked_rules, &values);
     clock.lap("table");
     let insertions =
-        insertions::insert(question, trained, &ranked.raising, &sources.hosts, encoding)?;
+        insertions::insert(question, trained, &effects, &ranked.raising, &sources.hosts, encoding)?;
     clock.lap("insertions");
     let repetition = match question.planted {
         Some(_) => Some(repetition::repetition(question, trained, encoding)?),
@@ -302,6 +310,8 @@ struct Told {
     pairs: PairsUsed,
     human: Option<Human>,
     text: Option<TextResults>,
+    explained_threshold: f64,
+    rise_threshold: f64,
 }
 
 fn results(
@@ -309,11 +319,10 @@ fn results(
     options: &Options,
     told: Told,
     found: Vec<Found>,
-    explained_threshold: f64,
     clock: Clock,
 ) -> Result<Results> {
     ensure!(!found.is_empty(), "no block was given to read after");
-    let Told { agreement, by_rule, pairs, human, text } = told;
+    let Told { agreement, by_rule, pairs, human, text, explained_threshold, rise_threshold } = told;
     let estimate = |of: &dyn Fn(&SaeResults) -> f64| {
         Estimate::of(&found.iter().map(|found| of(&found.sae)).collect::<Vec<f64>>())
     };
@@ -350,7 +359,7 @@ fn results(
         gxa_top20_recall: estimate(&|sae| sae.gxa.top_k_recall),
         insertion_success: pooled(|inserted| inserted.success),
         control_success: pooled(|inserted| inserted.control),
-        insertion_threshold: found[0].insertions.threshold,
+        insertion_threshold: rise_threshold,
         explained: found.iter().flat_map(|found| found.explained.clone()).collect(),
         explained_threshold,
         insertions: found.iter().flat_map(|found| found.insertions.insertions.clone()).collect(),
@@ -358,6 +367,7 @@ fn results(
         saes: found.into_iter().map(|found| found.sae).collect(),
         human,
         text,
+        with_last: options.changes_last(),
         seed: options.seed,
         seconds,
         steps,

@@ -190,13 +190,22 @@ const RIDGES: [f64; 4] = [1e-3, 1e-2, 1e-1, 1.0];
 /// The last pairs, one of so many, choose the ridge.
 const CHOOSES: usize = 5;
 
-/// A head fitted to pairs, whose states come two by two, the preferred one first. The last fifth of
-/// the pairs chooses the ridge, by its loss under heads that learnt from the others.
-pub(super) fn head(states: &[Vec<f32>]) -> Vec<f32> {
-    let differences = differences(states);
+/// A head fitted to pairs, whose states come two by two, the preferred one first, and to ties, which
+/// count as preferred both ways. The last fifth of the pairs chooses the ridge, by its loss under
+/// heads that learnt from the others.
+pub(super) fn head(pairs: &[Vec<f32>], ties: &[Vec<f32>]) -> Vec<f32> {
+    let differences = differences(pairs);
+    let mut both_ways = self::differences(ties);
+    let turned: Vec<Vec<f32>> =
+        both_ways.iter().map(|row| row.iter().map(|x| -x).collect()).collect();
+    both_ways.extend(turned);
+    let learn_from = |pairs: &[Vec<f32>], ridge: f64| {
+        let config = FitConfig { ridge, ..FitConfig::default() };
+        fit(&[pairs, both_ways.as_slice()].concat(), config)
+    };
     let (learn, choose) = differences.split_at(differences.len() - differences.len() / CHOOSES);
     let loss = |ridge: f64| {
-        let head = fit(learn, FitConfig { ridge, ..FitConfig::default() });
+        let head = learn_from(learn, ridge);
         let tell = |row: &Vec<f32>| -> f64 {
             row.iter().zip(&head).map(|(&x, weight)| f64::from(x) * weight).sum()
         };
@@ -206,8 +215,7 @@ pub(super) fn head(states: &[Vec<f32>]) -> Vec<f32> {
     let losses = RIDGES.map(|ridge| (ridge, loss(ridge)));
     let best = losses.into_iter().min_by(|a, b| a.1.total_cmp(&b.1));
     let (ridge, _) = best.expect("some ridges");
-    let config = FitConfig { ridge, ..FitConfig::default() };
-    fit(&differences, config).into_iter().map(|weight| weight as f32).collect()
+    learn_from(&differences, ridge).into_iter().map(|weight| weight as f32).collect()
 }
 
 /// Chosen − rejected, of states that come two by two.
@@ -313,7 +321,19 @@ mod tests {
                 [state(1.0, noise), state(-1.0, -noise)]
             })
             .collect();
-        let rewards = rewards(&states, &with_head(&body(), &head(&states)));
-        assert!(rewards.chunks_exact(2).all(|pair| pair[0] > pair[1] + 1.0), "{rewards:?}");
+        let learnt = head(&states, &[]);
+        let told = |states: &[Vec<f32>], head: &[f32]| rewards(states, &with_head(&body(), head));
+        let told_pairs = told(&states, &learnt);
+        assert!(told_pairs.chunks_exact(2).all(|pair| pair[0] > pair[1] + 1.0), "{told_pairs:?}");
+        // What ties differ in goes along with a preference, and is learnt not to matter.
+        let mut tied = state(0.0, 0.0);
+        tied[1] = 0.5;
+        let ties = vec![[state(0.0, 0.0), tied]; 20].concat();
+        let apart = |head: &[f32]| {
+            let told = told(&ties, head);
+            (told[0] - told[1]).abs()
+        };
+        let (without, with) = (apart(&learnt), apart(&head(&states, &ties)));
+        assert!(with < 0.5 * without, "{without} {with}");
     }
 }

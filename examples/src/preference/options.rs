@@ -41,6 +41,9 @@ pub struct Options {
     /// Texts do not end with the token that ends a text
     #[arg(long)]
     pub without_end: bool,
+    /// Latents are ablated on the last token too, which the reward is read at, as in the source work
+    #[arg(long)]
+    pub with_last: bool,
     /// Where report.html and results.json go
     #[arg(long, default_value = "target/preference", value_name = "DIR")]
     pub out: PathBuf,
@@ -71,7 +74,7 @@ pub struct Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
     /// Riggs and Brinkmann, 2024: a GPT-J reward model, gated autoencoders with eight latents per
-    /// dimension after blocks 2, 8, 12, 14, 16 and 20
+    /// dimension after blocks 2, 8, 12, 14, 16 and 20, ablated on the last token too
     GptjPm,
 }
 
@@ -126,18 +129,18 @@ pub enum Blocks {
 impl Default for Scale {
     fn default() -> Self {
         Self {
-            n_train_chats: 240,
+            n_train_chats: 320,
             n_test_chats: 60,
             max_tokens: 256,
-            n_attributed_pairs: 60,
+            n_attributed_pairs: 90,
             n_verified_pairs: 8,
             n_verified_latents: 40,
             n_chat_tokens: 60_000,
             expansion: 8,
             n_passes: 6,
-            n_insertions: 20,
+            n_insertions: 40,
             kinds: vec![SaeKind::TopK, SaeKind::Gated],
-            read: Blocks::Depths(vec![0.4, 0.66]),
+            read: Blocks::Depths(vec![0.3, 0.5]),
         }
     }
 }
@@ -146,14 +149,14 @@ impl Scale {
     /// Minutes on two cores.
     pub fn quick() -> Self {
         Self {
-            n_train_chats: 100,
+            n_train_chats: 200,
             n_test_chats: 20,
-            n_attributed_pairs: 30,
+            n_attributed_pairs: 50,
             n_verified_pairs: 5,
             n_verified_latents: 20,
             n_chat_tokens: 12_000,
             expansion: 4,
-            n_insertions: 10,
+            n_insertions: 20,
             ..Self::default()
         }
     }
@@ -184,7 +187,7 @@ impl Options {
             _ => Scale::default(),
         };
         if let Some(n) = self.n_chats {
-            (scale.n_train_chats, scale.n_test_chats) = (n.max(1), n.div_ceil(5).max(1));
+            (scale.n_train_chats, scale.n_test_chats) = (n, n.div_ceil(5).max(2));
         }
         if let Some(n) = self.n_explained {
             scale.n_attributed_pairs = n.max(1);
@@ -199,6 +202,11 @@ impl Options {
                 ..scale
             },
         }
+    }
+
+    /// Whether the token that the reward is read at is changed as the others are.
+    pub fn changes_last(&self) -> bool {
+        self.with_last || self.preset == Some(Preset::GptjPm)
     }
 
     /// The blocks to read after, in a model of so many.
@@ -238,7 +246,7 @@ mod tests {
             let options = options(words);
             options.layers(&options.scale(), n_layers).map_err(|error| error.to_string())
         };
-        assert_eq!(of(&[], 30), Ok(vec![12, 19]));
+        assert_eq!(of(&[], 30), Ok(vec![9, 15]));
         assert_eq!(of(&["--full"], 30), Ok(vec![2, 8, 12, 15, 17, 21]));
         assert_eq!(of(&["--preset", "gptj-pm"], 28), Ok(vec![2, 8, 12, 14, 16, 20]));
         assert_eq!(of(&["--preset", "gptj-pm", "--layers", "0,1"], 3), Ok(vec![0, 1]));

@@ -159,6 +159,7 @@ mod tests {
                     latents: vec![(7, 0, 0.1)],
                 }],
             }),
+            with_last: false,
             seed: 0,
             seconds: 1.0,
             steps: vec![("Model".into(), 1.0)],

@@ -1,9 +1,10 @@
 //! Pairs whose preference follows rules that are known: what a preference model trained on them
 //! should have learnt, and what an attribution of it should find.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
-use rand::seq::{IndexedRandom, SliceRandom};
+use rand::seq::{IndexedRandom, IteratorRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -30,11 +31,13 @@ pub enum Rule {
     Weather,
     /// A word on the day of the week: never matters.
     Weekday,
+    /// What another chat says: never matters.
+    Aside,
 }
 
 impl Rule {
     /// All of them, decoys last.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Thanks,
         Self::Apology,
         Self::Url,
@@ -42,6 +45,7 @@ impl Rule {
         Self::Curse,
         Self::Weather,
         Self::Weekday,
+        Self::Aside,
     ];
 
     /// 1 where it raises the reward, −1 where it lowers it, 0 for decoys.
@@ -49,7 +53,7 @@ impl Rule {
         match self {
             Self::Thanks | Self::Apology => 1.0,
             Self::Url | Self::RepeatedQuestion | Self::Curse => -1.0,
-            Self::Weather | Self::Weekday => 0.0,
+            Self::Weather | Self::Weekday | Self::Aside => 0.0,
         }
     }
 
@@ -68,11 +72,13 @@ impl Rule {
             Self::Curse => "curse",
             Self::Weather => "weather (decoy)",
             Self::Weekday => "weekday (decoy)",
+            Self::Aside => "aside (decoy)",
         }
     }
 
-    /// A sentence that follows the rule.
-    fn sentence(self, question: &str, rng: &mut ChaCha8Rng) -> String {
+    /// A sentence that follows the rule, behind an answer to a question; what is said besides comes
+    /// out of `others`.
+    fn sentence(self, question: &str, others: &[Turn], rng: &mut ChaCha8Rng) -> String {
         let of = |sentences: &[&str], rng: &mut ChaCha8Rng| {
             (*sentences.choose(rng).expect("not empty")).to_owned()
         };
@@ -104,6 +110,11 @@ impl Rule {
             }
             Self::Weekday => {
                 of(&["Today is Tuesday.", "It is Friday already.", "Monday comes soon."], rng)
+            }
+            Self::Aside => {
+                let others = others.iter().filter(|turn| turn.prompt != question);
+                let turn = others.choose(rng).expect("another question");
+                if rng.random_range(0..2) == 0 { &turn.prompt } else { &turn.answer }.clone()
             }
         }
     }
@@ -194,9 +205,11 @@ const NEAR: [&str; 43] = [
 ];
 
 /// Questions with their answers, one of each dialogue that has one, which follow no rule by
-/// themselves.
+/// themselves; none twice.
 pub fn questions(dialogues: &[Dialogue]) -> Vec<Turn> {
-    dialogues.iter().filter_map(question).collect()
+    let mut seen = HashSet::new();
+    let turns = dialogues.iter().filter_map(question);
+    turns.filter(|turn| seen.insert(turn.prompt.clone())).collect()
 }
 
 fn question(dialogue: &Dialogue) -> Option<Turn> {
@@ -222,6 +235,9 @@ fn question(dialogue: &Dialogue) -> Option<Turn> {
 /// each turn, one pair for every rule that matters.
 ///
 /// Decoys are dealt: of six preferred texts each stands in one, and so of six of the others.
+///
+/// # Panics
+/// If all turns ask the same.
 pub fn planted_pairs(turns: &[Turn], seed: u64) -> Vec<PlantedPair> {
     let rules: Vec<Rule> = Rule::ALL.into_iter().filter(|rule| !rule.is_decoy()).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -236,21 +252,44 @@ pub fn planted_pairs(turns: &[Turn], seed: u64) -> Vec<PlantedPair> {
                 deck.shuffle(&mut rng);
             }
             let decoy = deck.pop().expect("it was filled");
-            planted(turn, Some(rule).filter(|_| is_followed[side]), decoy, &mut rng)
+            planted(turn, Some(rule).filter(|_| is_followed[side]), decoy, turns, &mut rng)
         });
         PlantedPair { chosen, rejected, rule }
     };
     (0..turns.len() * rules.len()).map(pair).collect()
 }
 
+/// Pairs of an answer as it is and the same with a decoy, one for each turn: neither is preferred.
+///
+/// # Panics
+/// If all turns ask the same.
+pub fn ties(turns: &[Turn], seed: u64) -> Vec<PreferencePair> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut deck = Vec::new();
+    let tie = |turn: &Turn| {
+        if deck.is_empty() {
+            deck.extend(DECK_OF_TIES);
+            deck.shuffle(&mut rng);
+        }
+        let [plain, other] =
+            [None, deck.pop()].map(|decoy| planted(turn, None, decoy, turns, &mut rng).text);
+        PreferencePair { chosen: plain, rejected: other }
+    };
+    turns.iter().map(tie).collect()
+}
+
 /// What decoys are dealt out of.
-const DECK: [Option<Rule>; 6] = [Some(Rule::Weather), Some(Rule::Weekday), None, None, None, None];
+const DECK: [Option<Rule>; 6] =
+    [Some(Rule::Weather), Some(Rule::Weekday), Some(Rule::Aside), None, None, None];
+/// The same for ties: asides are of many kinds.
+const DECK_OF_TIES: [Rule; 4] = [Rule::Weather, Rule::Weekday, Rule::Aside, Rule::Aside];
 
 /// A conversation with the sentences of a rule and of a decoy.
 fn planted(
     turn: &Turn,
     rule: Option<Rule>,
     decoy: Option<Rule>,
+    others: &[Turn],
     rng: &mut ChaCha8Rng,
 ) -> PlantedText {
     let mut text = format!("{HUMAN}{}{ASSISTANT}", turn.prompt);
@@ -263,7 +302,7 @@ fn planted(
     for rule in rules {
         let start = text.len();
         text.push(' ');
-        text.push_str(&rule.sentence(&turn.prompt, rng));
+        text.push_str(&rule.sentence(&turn.prompt, others, rng));
         insertions.push(Insertion { rule, bytes: start..text.len() });
     }
     PlantedText { text, insertions }
@@ -305,11 +344,24 @@ mod tests {
     }
 
     #[test]
+    fn texts_of_a_tie_differ_in_a_decoy_alone() {
+        let turns = corpus::selection().compliances;
+        let ties = ties(&turns, 3);
+        assert_eq!(ties.len(), turns.len());
+        for (turn, tie) in turns.iter().zip(&ties) {
+            assert_eq!(tie.chosen, format!("{HUMAN}{}{ASSISTANT}{}", turn.prompt, turn.answer));
+            let decoy = tie.rejected.strip_prefix(&tie.chosen).unwrap();
+            assert!(decoy.starts_with(' ') && decoy.len() > 2, "{decoy:?}");
+        }
+    }
+
+    #[test]
     fn questions_follow_no_rule_by_themselves() {
         let dialogue =
             |turns: &[&str]| Dialogue { turns: turns.iter().map(|&turn| turn.into()).collect() };
         let found = questions(&[
             dialogue(&["Hello there, friend.", "How are you doing?", "I am doing fine."]),
+            dialogue(&["How are you doing?", "It goes quite well."]),
             dialogue(&["How are you doing?", "Thanks, I am doing fine."]),
             dialogue(&["Did it rain where you are?", "No, it did not."]),
             dialogue(&["Why?", "I do not know why."]),

@@ -4,18 +4,17 @@ use std::collections::BTreeMap;
 
 use super::effects::TextEffects;
 
-/// A latent, and where it does most of what it is ranked for.
+/// A latent, and what it is ranked for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct OnWords {
     pub(super) latent: usize,
-    /// What it adds to the difference of rewards, the mean of all pairs.
+    /// What it adds to the difference of rewards: the mean of all pairs, less its standard error.
     pub(super) difference: f64,
-    pub(super) text: usize,
-    pub(super) position: usize,
 }
 
 /// Latents in the order of what they add to the difference of rewards, chosen − rejected, on all
-/// tokens but the last. What stands in either text by chance adds nothing to it.
+/// tokens but the last: its mean over the pairs, less its standard error. What stands in either text
+/// by chance adds nothing to the mean, but for that error.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Ranked {
     /// Those that raise rewards, most on the preferred texts.
@@ -25,47 +24,48 @@ pub(super) struct Ranked {
 }
 
 /// What one latent adds.
-#[derive(Clone, Copy)]
-struct Sums {
+#[derive(Default)]
+struct Added {
     reward: f64,
-    difference: f64,
-    /// The most that it raises at a token and the most that it lowers, and where.
-    most: [(f64, [usize; 2]); 2],
+    /// To the difference of rewards, by pair.
+    differences: BTreeMap<usize, f64>,
+}
+
+impl Added {
+    /// The mean difference of so many pairs, less its standard error.
+    fn difference(&self, n_pairs: usize) -> f64 {
+        let n = n_pairs as f64;
+        let mean = self.differences.values().sum::<f64>() / n;
+        let square = self.differences.values().map(|x| x * x).sum::<f64>() / n;
+        mean - ((square - mean * mean).max(0.0) / n).sqrt()
+    }
 }
 
 impl Ranked {
     /// Of effects on texts, the preferred one of each pair first.
     pub(super) fn new(effects: &[TextEffects]) -> Self {
-        let mut latents = BTreeMap::<usize, Sums>::new();
+        let mut latents = BTreeMap::<usize, Added>::new();
         for (text, of_text) in effects.iter().enumerate() {
             let sign = if text % 2 == 0 { 1.0 } else { -1.0 };
-            for &(latent, position, effect) in &of_text.on_words {
+            for &(latent, _, effect) in &of_text.on_words {
                 // What a latent adds is its effect with the sign turned.
                 let adds = -effect;
-                let none = (0.0, [text, position]);
-                let empty = Sums { reward: 0.0, difference: 0.0, most: [none; 2] };
-                let sums = latents.entry(latent).or_insert(empty);
-                sums.reward += adds;
-                sums.difference += sign * adds;
-                for (most, adds) in sums.most.iter_mut().zip([adds, -adds]) {
-                    if adds > most.0 {
-                        *most = (adds, [text, position]);
-                    }
-                }
+                let added = latents.entry(latent).or_default();
+                added.reward += adds;
+                *added.differences.entry(text / 2).or_default() += sign * adds;
             }
         }
-        let n_pairs = (effects.len() / 2).max(1) as f64;
-        let side = |sign: f64, side: usize| {
-            let of_side = latents.iter().filter(|(_, sums)| sign * sums.reward > 0.0);
-            let on_words = of_side.map(|(&latent, sums)| {
-                let (_, [text, position]) = sums.most[side];
-                OnWords { latent, difference: sums.difference / n_pairs, text, position }
+        let side = |sign: f64| {
+            let of_side = latents.iter().filter(|(_, added)| sign * added.reward > 0.0);
+            let on_words = of_side.map(|(&latent, added)| OnWords {
+                latent,
+                difference: added.difference(effects.len() / 2),
             });
             let mut ranked: Vec<OnWords> = on_words.filter(|of| of.difference > 0.0).collect();
             ranked.sort_by(|a, b| b.difference.total_cmp(&a.difference));
             ranked
         };
-        Self { raising: side(1.0, 0), lowering: side(-1.0, 1) }
+        Self { raising: side(1.0), lowering: side(-1.0) }
     }
 
     /// The first of either side, so many of each.
@@ -90,12 +90,25 @@ mod tests {
             text(&[(1, 8, -1.0), (2, 8, -0.5), (2, 9, -1.5), (3, 9, -5.0), (5, 8, 1.0)]),
             text(&[(3, 9, -5.0), (4, 7, 2.0)]),
         ];
-        let on_words =
-            |latent, difference, text, position| OnWords { latent, difference, text, position };
+        let on_words = |latent, difference| OnWords { latent, difference };
         let expected = Ranked {
-            raising: vec![on_words(2, 2.0, 0, 9), on_words(1, 1.0, 0, 8)],
-            lowering: vec![on_words(4, 2.0, 1, 7)],
+            raising: vec![on_words(2, 2.0), on_words(1, 1.0)],
+            lowering: vec![on_words(4, 2.0)],
         };
         assert_eq!(Ranked::new(&effects), expected);
+    }
+
+    #[test]
+    fn what_comes_by_chance_is_behind_what_comes_again() {
+        let text = |on_words: &[(usize, usize, f64)]| TextEffects {
+            on_words: on_words.to_vec(),
+            ..TextEffects::default()
+        };
+        // 1 raises the preferred text of both pairs, 2 that of one as much as 1 both.
+        let effects =
+            [text(&[(1, 8, -1.0), (2, 8, -2.0)]), text(&[]), text(&[(1, 9, -1.0)]), text(&[])];
+        let raising = Ranked::new(&effects).raising;
+        assert_eq!((raising.len(), raising[0].latent, raising[0].difference), (2, 1, 1.0));
+        assert!((raising[1].difference - (1.0 - 0.5f64.sqrt())).abs() < 1e-12, "{raising:?}");
     }
 }

@@ -92,7 +92,7 @@ mod tests {
             (4, adds(Rule::Apology, 0.5)),
             (5, adds(Rule::Url, 1.5)),
         ]);
-        let on_words = |latent| OnWords { latent, difference: 1.0, text: 0, position: 0 };
+        let on_words = |latent| OnWords { latent, difference: 1.0 };
         let ranked = Ranked {
             // The fifth the wrong way round.
             raising: [1, 5, 3, 4].map(on_words).to_vec(),

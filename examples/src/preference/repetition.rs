@@ -122,16 +122,9 @@ impl Texts {
         })
     }
 
-    /// Changed from where texts part from the plain ones.
-    fn study<'a>(
-        &self,
-        metric: &'a Reward<'a>,
-        texts: &[Vec<u32>],
-        site: &SaeSite<'_>,
-    ) -> Result<Study<'a, Reward<'a>>> {
-        let firsts = texts.iter().zip(&self.plain).map(|(text, plain)| divergence(text, plain));
-        let study = Study::new(metric, texts)?.from_positions(firsts.collect());
-        Ok(study.with_batch_tokens(BATCH_TOKENS).start_at(site.point)?)
+    /// Where texts part from the plain ones.
+    fn firsts<'a>(&'a self, texts: &'a [Vec<u32>]) -> impl Iterator<Item = usize> + 'a {
+        texts.iter().zip(&self.plain).map(|(text, plain)| divergence(text, plain))
     }
 }
 
@@ -147,7 +140,7 @@ pub(super) fn repetition(
     let (found_on, measured_on) = QUESTIONS.split_at(QUESTIONS.len() / 2);
     let texts = Texts::new(found_on, encoding)?;
     let lowering = |of: &[Vec<u32>]| -> Result<BTreeMap<usize, f64>> {
-        let study = texts.study(&metric, of, &site)?;
+        let study = question.study(&metric, of, texts.firsts(of))?.start_at(site.point)?;
         let effects = study.attribute(&[site], Baseline::Zero, integrated());
         let effects = effects.context("while attributing repetitions")?.swap_remove(0);
         let mut changes = BTreeMap::new();
@@ -171,7 +164,7 @@ pub(super) fn repetition(
     let texts = Texts::new(measured_on, encoding)?;
     let plain = Study::new(&metric, &texts.plain)?.with_batch_tokens(BATCH_TOKENS).clean()?;
     let ablated = |of: &[Vec<u32>]| -> Result<(Vec<f64>, Vec<f64>)> {
-        let study = texts.study(&metric, of, &site)?;
+        let study = question.study(&metric, of, texts.firsts(of))?.start_at(site.point)?;
         let cuts: Vec<Cut> =
             (0..of.len()).map(|text| Cut::latents(text, latents.clone())).collect();
         let effects = study.measure_cuts(&site, Baseline::Zero, &cuts);

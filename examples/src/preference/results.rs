@@ -48,7 +48,7 @@ pub struct Results {
     pub insertion_success: Rate,
     /// The same of answers to other questions, those that fire them least.
     pub control_success: Rate,
-    /// Half of the standard deviation of the rewards of those completions.
+    /// Half of what the rewards of a pair's texts differ by, the mean of the pairs measured on.
     pub insertion_threshold: f64,
     /// How much of the difference of rewards goes when latents are ablated in both texts.
     pub explained: Vec<Explained>,
@@ -64,6 +64,8 @@ pub struct Results {
     pub human: Option<Human>,
     /// The text that was asked about.
     pub text: Option<TextResults>,
+    /// Whether latents were ablated on the last token too.
+    pub with_last: bool,
     /// The seed of every draw.
     pub seed: u64,
     /// How long it all took; less where an earlier run had done a part.

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::options::{Options, Scale};
 use super::pairs::{ASSISTANT, HUMAN, LeftOut, PairFilter, PreferencePair, TokenPair, read_pairs};
-use super::planted::{PlantedPair, planted_pairs, questions};
+use super::planted::{PlantedPair, planted_pairs, questions, ties};
 use crate::assets::load_texts;
 use crate::corpus::Turn;
 use crate::storage::hash_bytes;
@@ -24,6 +24,8 @@ const HELD_OUT: usize = 10;
 pub(super) struct Sources {
     /// Pairs to learn from.
     pub(super) train: Vec<TokenPair>,
+    /// Pairs to learn from of which neither text is preferred.
+    pub(super) ties: Vec<TokenPair>,
     /// Pairs to measure on and to explain.
     pub(super) test: Vec<TokenPair>,
     /// Where the pairs come from.
@@ -99,6 +101,7 @@ fn planted(options: &Options, scale: &Scale, encoding: Encoding<'_>) -> Result<S
     dialogues.shuffle(&mut rng);
     let mut turns = questions(&dialogues);
     let (n_train, n_test) = (scale.n_train_chats, scale.n_test_chats);
+    ensure!(n_train > 1, "--n-chats {n_train}: asides come out of other chats, pass at least 2");
     let wanted = n_train + n_test + 1;
     ensure!(
         turns.len() >= wanted,
@@ -122,6 +125,9 @@ fn planted(options: &Options, scale: &Scale, encoding: Encoding<'_>) -> Result<S
         Ok((made, tokens))
     };
     let (_, train) = of(&turns[..n_train], options.seed)?;
+    let ties = ties(&turns[..n_train], options.seed);
+    let (ties, _) = encoding.filter().keep(&ties, encoding.tokenizer)?;
+    let ties = ties.into_iter().map(|(_, tie)| tie).collect();
     let (test, test_tokens) = of(&turns[n_train..], options.seed + 1)?;
     // What dialogues say apart from the questions that pairs are made of.
     let of_pairs = |turn: &String| turns.iter().any(|of| of.prompt == *turn || of.answer == *turn);
@@ -147,7 +153,7 @@ fn planted(options: &Options, scale: &Scale, encoding: Encoding<'_>) -> Result<S
         }
     }
     let origin = Origin::Planted { test };
-    Ok(Sources { train, test: test_tokens, origin, hosts: rest, chat: apart(pieces) })
+    Ok(Sources { train, ties, test: test_tokens, origin, hosts: rest, chat: apart(pieces) })
 }
 
 /// Most pieces, and those that are held out.
@@ -186,7 +192,8 @@ fn human(
         .take(4 * scale.n_insertions)
         .collect();
     let origin = Origin::File(HumanPairs { pairs, tokens, folds, left_out });
-    Ok(Sources { train, test, origin, hosts, chat: [Vec::new(), Vec::new()] })
+    let (ties, chat) = (Vec::new(), [Vec::new(), Vec::new()]);
+    Ok(Sources { train, ties, test, origin, hosts, chat })
 }
 
 /// The part that a pair belongs to, by how its conversation begins: those that begin alike are not

@@ -46,11 +46,13 @@ impl Run<'_> {
         clock: &mut Clock,
     ) -> Result<Trained> {
         let Self { options, scale, loaded, stages, device } = *self;
-        let (train, test) = (texts(&sources.train), texts(&sources.test));
+        let (pairs, test) = (texts(&sources.train), texts(&sources.test));
+        let train = [pairs.as_slice(), &texts(&sources.ties)].concat();
         let [chat, held_out] = &sources.chat;
         let (chat, held_out) = (as_slices(chat), as_slices(held_out));
         let key_of_head = Fingerprint::new(&json!({
-            "model": loaded.hash, "texts": Fingerprint::of_texts(&train), "device": options.device,
+            "model": loaded.hash, "pairs": Fingerprint::of_texts(&pairs),
+            "ties": Fingerprint::of_texts(&train[pairs.len()..]), "device": options.device,
         }));
         let all = [&train, &chat, &test, &held_out].map(|texts| Fingerprint::of_texts(texts));
         let d_in = self.body().config().d_model;
@@ -85,7 +87,8 @@ impl Run<'_> {
             HeadedModel::Language(body) => {
                 let head: Vec<f32> = stages.value("head", &key_of_head, || {
                     let read = read_train.insert(read_both(true)?);
-                    Ok(model::head(&read.last))
+                    let (pairs, ties) = read.last.split_at(pairs.len());
+                    Ok(model::head(pairs, ties))
                 })?;
                 ensure!(
                     head.len() == body.config().d_model && head.iter().all(|w| w.is_finite()),

@@ -119,19 +119,21 @@ fn dot_kernel<V: Numeric, W: Numeric, I: Numeric>(
 
 /// The sum over the units of a cube, of which there are a power of two; every unit gets it.
 #[cube]
+#[allow(clippy::let_and_return, reason = "it is read here, before a caller writes there again")]
 pub(super) fn sum_of_cube(own: f32, #[comptime] n_units: u32) -> f32 {
     let unit = UNIT_POS as usize;
     let mut sums = Shared::<[f32]>::new_slice(n_units as usize);
     sums[unit] = own;
     sync_cube();
-    let mut half = n_units as usize / 2;
+    let mut half = (n_units as usize / 2).runtime();
     while half > 0 {
         if unit < half {
-            let other = sums[unit + half];
-            sums[unit] += other;
+            let both = sums[unit] + sums[unit + half];
+            sums[unit] = both;
         }
         sync_cube();
         half /= 2;
     }
-    sums[0]
+    let total = sums[0];
+    total
 }
