@@ -89,7 +89,8 @@ pub fn run(options: &Options) -> Result<Results> {
     tell(&format!("{}, {n_layers} blocks of {d_model}", loaded.name));
     let end = config.special_tokens.eos.first().copied().filter(|_| !options.without_end);
     let max_tokens = scale.max_tokens.min(config.n_ctx);
-    let encoding = Encoding { tokenizer: &loaded.tokenizer, end, max_tokens };
+    let n_ctx = config.n_ctx;
+    let encoding = Encoding { tokenizer: &loaded.tokenizer, end, max_tokens, n_ctx };
     let stages = Stages::new(cache_folder()?.join("preference"), options.retrain);
     let sources = sources(options, &scale, encoding)?;
 

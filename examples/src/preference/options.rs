@@ -95,7 +95,8 @@ pub struct Scale {
     pub n_train_chats: usize,
     /// Chats that it is measured on.
     pub n_test_chats: usize,
-    /// Tokens of either text of a pair, at most.
+    /// Tokens of either text of a pair that is learnt from or explained, at most. People's pairs are
+    /// cross-validated at any length that the model can read.
     pub max_tokens: usize,
     /// Pairs that are attributed, of those measured on.
     pub n_attributed_pairs: usize,
@@ -151,7 +152,7 @@ impl Scale {
         Self {
             n_train_chats: 200,
             n_test_chats: 20,
-            n_attributed_pairs: 50,
+            n_attributed_pairs: 60,
             n_verified_pairs: 5,
             n_verified_latents: 20,
             n_chat_tokens: 12_000,

@@ -47,7 +47,7 @@ pub(super) enum Origin {
     File(HumanPairs),
 }
 
-/// Pairs of a file that can be used.
+/// Pairs of a file that the model can read.
 pub(super) struct HumanPairs {
     pub(super) pairs: Vec<PreferencePair>,
     pub(super) tokens: Vec<TokenPair>,
@@ -62,8 +62,10 @@ pub(super) struct Encoding<'a> {
     pub(super) tokenizer: &'a Tokenizer,
     /// What ends a text.
     pub(super) end: Option<u32>,
-    /// Tokens of a text, at most.
+    /// Tokens of a text that is learnt from or explained, at most.
     pub(super) max_tokens: usize,
+    /// Tokens of any text, at most.
+    pub(super) n_ctx: usize,
 }
 
 impl Encoding<'_> {
@@ -73,8 +75,13 @@ impl Encoding<'_> {
         Ok(ids)
     }
 
-    fn filter(&self) -> PairFilter {
-        PairFilter { max_tokens: self.max_tokens, end: self.end }
+    fn filter(&self, max_tokens: usize) -> PairFilter {
+        PairFilter { max_tokens, end: self.end }
+    }
+
+    /// Whether both texts of a pair can be learnt from.
+    fn fits(&self, pair: &TokenPair) -> bool {
+        pair.texts().iter().all(|text| text.len() <= self.max_tokens)
     }
 }
 
@@ -114,10 +121,7 @@ fn planted(options: &Options, scale: &Scale, encoding: Encoding<'_>) -> Result<S
         let tokens =
             made.iter().map(|pair| TokenPair::new(&pair.pair(), encoding.tokenizer, encoding.end));
         let mut tokens = tokens.collect::<Result<Vec<_>, _>>()?;
-        let fits: Vec<bool> = tokens
-            .iter()
-            .map(|pair| pair.texts().iter().all(|text| text.len() <= encoding.max_tokens))
-            .collect();
+        let fits: Vec<bool> = tokens.iter().map(|pair| encoding.fits(pair)).collect();
         let (mut kept, mut kept_tokens) = (fits.iter(), fits.iter());
         made.retain(|_| *kept.next().expect("one for each"));
         tokens.retain(|_| *kept_tokens.next().expect("one for each"));
@@ -126,7 +130,7 @@ fn planted(options: &Options, scale: &Scale, encoding: Encoding<'_>) -> Result<S
     };
     let (_, train) = of(&turns[..n_train], options.seed)?;
     let ties = ties(&turns[..n_train], options.seed);
-    let (ties, _) = encoding.filter().keep(&ties, encoding.tokenizer)?;
+    let (ties, _) = encoding.filter(encoding.max_tokens).keep(&ties, encoding.tokenizer)?;
     let ties = ties.into_iter().map(|(_, tie)| tie).collect();
     let (test, test_tokens) = of(&turns[n_train..], options.seed + 1)?;
     // What dialogues say apart from the questions that pairs are made of.
@@ -174,13 +178,13 @@ fn human(
     // By what is in them: neither the order of the file nor a seed matters.
     pairs.sort_by_cached_key(|pair| hash_bytes(format!("{pair:?}").as_bytes()));
     pairs.truncate(n_pairs);
-    let (kept, left_out) = encoding.filter().keep(&pairs, encoding.tokenizer)?;
+    let (kept, left_out) = encoding.filter(encoding.n_ctx).keep(&pairs, encoding.tokenizer)?;
     let (indices, tokens): (Vec<usize>, Vec<TokenPair>) = kept.into_iter().unzip();
     let pairs: Vec<PreferencePair> = indices.iter().map(|&index| pairs[index].clone()).collect();
     let folds: Vec<usize> = pairs.iter().map(fold).collect();
     let of = |is_test: bool| -> Vec<TokenPair> {
         let of = tokens.iter().zip(&folds).filter(|(_, fold)| (**fold == 0) == is_test);
-        of.map(|(pair, _)| pair.clone()).collect()
+        of.map(|(pair, _)| pair).filter(|pair| encoding.fits(pair)).cloned().collect()
     };
     let (train, test) = (of(false), of(true));
     for (what, n) in [("learn from", train.len()), ("measure on", test.len())] {
