@@ -21,10 +21,10 @@ use super::planted::PlantedPair;
 use super::saes::TrainedSae;
 use super::stages::{Fingerprint, Stages};
 
-/// Gradients are integrated over the ways of a fifth of the latents at a time, two steps each: ten
-/// passes as in the source work, where all latents go together, and nearer to what ablating one does.
-const N_GROUPS: usize = 5;
-const N_STEPS: usize = 2;
+/// Gradients are taken half of the way that a tenth of the latents go at a time: ten passes as in the
+/// source work, where all latents go together, and nearer to what ablating one does.
+const N_GROUPS: usize = 10;
+const N_STEPS: usize = 1;
 /// Steps for all latents together.
 const N_STEPS_TOGETHER: usize = 10;
 /// Pairs that are kept together.
@@ -42,15 +42,34 @@ pub(super) struct Question<'a> {
     /// Rewards of the texts, the preferred one of each pair first.
     pub(super) rewards: &'a [f64],
     pub(super) scale: &'a Scale,
-    pub(super) explained_threshold: f64,
-    /// An inserted sentence raises a reward if by more than this.
-    pub(super) rise_threshold: f64,
+    pub(super) thresholds: Thresholds,
     /// Whether the last token, which the reward is read at, is changed as the words are.
     pub(super) with_last: bool,
     pub(super) seed: u64,
     pub(super) stages: &'a Stages,
     /// Of the preference model.
     pub(super) key: &'a Fingerprint,
+}
+
+/// From where on differences of rewards count.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Thresholds {
+    /// In either direction, of a pair's texts, for the share that latents explain: a quarter of the
+    /// standard deviation.
+    pub(super) explained: f64,
+    /// After a sentence was inserted: half of what a pair's texts differ by on average.
+    pub(super) rise: f64,
+}
+
+impl Thresholds {
+    /// By the differences of the pairs measured on.
+    pub(super) fn new(differences: &[f64]) -> Self {
+        let n = differences.len().max(1) as f64;
+        let mean = differences.iter().sum::<f64>() / n;
+        let square = differences.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n;
+        let size = differences.iter().map(|x| x.abs()).sum::<f64>() / n;
+        Self { explained: 0.25 * square.sqrt(), rise: 0.5 * size }
+    }
 }
 
 /// Estimated effects on the rewards of one text.
@@ -267,6 +286,12 @@ pub(super) fn extremes(means: &BTreeMap<usize, f64>, n: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn thresholds_by_hand() {
+        let expected = Thresholds { explained: 0.5, rise: 1.0 };
+        assert_eq!(Thresholds::new(&[3.0, -1.0, 3.0, -1.0]), expected);
+    }
 
     #[test]
     fn means_count_texts_that_a_latent_is_not_active_on() {

@@ -73,7 +73,7 @@ pub(super) fn shares(
     };
     let pairs = question.by_pair("explained", trained, question.pairs, settings, of_pair)?;
     let counted: Vec<&Differences> =
-        pairs.iter().filter(|pair| pair.clean.abs() > question.explained_threshold).collect();
+        pairs.iter().filter(|pair| pair.clean.abs() > question.thresholds.explained).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(question.seed);
     let mut interval =
         |without: &dyn Fn(&Differences) -> f64| interval(&counted, without, &mut rng);
@@ -87,7 +87,7 @@ pub(super) fn shares(
     let attributed = |of: fn(&TextEffects) -> f64| {
         let (mut sum, mut whole) = (0.0, 0.0);
         for (pair, effects) in pairs.iter().zip(effects.chunks_exact(2)) {
-            if pair.clean.abs() > question.explained_threshold {
+            if pair.clean.abs() > question.thresholds.explained {
                 // An effect is what goes: its sign is turned.
                 sum -= pair.clean.signum() * (of(&effects[0]) - of(&effects[1]));
                 whole += pair.clean.abs();

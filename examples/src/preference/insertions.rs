@@ -90,7 +90,7 @@ pub(super) fn insert(
         let of: Vec<&Insertion> =
             insertions.iter().filter(|insertion| insertion.is_control == is_control).collect();
         let rises =
-            |insertion: &&&Insertion| insertion.after - insertion.before > question.rise_threshold;
+            |insertion: &&&Insertion| insertion.after - insertion.before > question.thresholds.rise;
         Rate::wilson(of.iter().filter(rises).count(), of.len())
     };
     let (success, control) = (rate(false), rate(true));
@@ -167,11 +167,4 @@ fn controls(
     let mut order: Vec<usize> = (0..others.len()).collect();
     order.sort_by(|&a, &b| activities[a].total_cmp(&activities[b]));
     Ok(order.into_iter().take(n).map(|text| others[text].answer.clone()).collect())
-}
-
-/// The standard deviation.
-pub(super) fn deviation(values: &[f64]) -> f64 {
-    let n = values.len().max(1) as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / n).sqrt()
 }

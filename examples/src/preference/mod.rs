@@ -44,8 +44,8 @@ pub use results::{
 pub use text::{as_conversation, attribute_text};
 
 use self::bradley_terry::Agreement;
-use self::effects::{Question, TextEffects, extremes, means};
-use self::insertions::{Insertions, deviation};
+use self::effects::{Question, TextEffects, Thresholds, extremes, means};
+use self::insertions::Insertions;
 use self::model::texts;
 use self::planted::{PlantedPair, Rule};
 use self::ranked::Ranked;
@@ -63,10 +63,6 @@ use crate::storage::cache_folder;
 
 /// Latents named for a text of the user's.
 const N_NAMED: usize = 8;
-/// A difference of rewards counts from this share of the standard deviation of all.
-const COUNTED: f64 = 0.25;
-/// An inserted sentence raises a reward if by more than this share of the mean |difference|.
-const RISES: f64 = 0.5;
 
 /// Runs it all. What an earlier run had done is in the cache, and is not done again.
 ///
@@ -99,7 +95,7 @@ pub fn run(options: &Options) -> Result<Results> {
     let human = match &sources.origin {
         Origin::Planted { .. } => None,
         Origin::File(pairs) => {
-            let found = human::cross_validate(loaded.model.body(), &loaded.hash, pairs, &stages)?;
+            let found = human::cross_validate(&loaded, pairs, &stages)?;
             tell_human(&found);
             Some(found)
         }
@@ -140,9 +136,7 @@ pub fn run(options: &Options) -> Result<Results> {
         pairs: &pairs,
         rewards: &of_chosen,
         scale: &scale,
-        explained_threshold: COUNTED * deviation(&differences),
-        rise_threshold: RISES * differences.iter().map(|d| d.abs()).sum::<f64>()
-            / differences.len().max(1) as f64,
+        thresholds: Thresholds::new(&differences),
         with_last: options.changes_last(),
         seed: options.seed,
         stages: &stages,
@@ -167,7 +161,7 @@ pub fn run(options: &Options) -> Result<Results> {
             (name.map(|name| name.to_string_lossy().into_owned()), Some(human.left_out))
         }
     };
-    let pairs_used = PairsUsed {
+    let used = PairsUsed {
         file,
         n_train: sources.train.len(),
         n_test: sources.test.len(),
@@ -175,10 +169,8 @@ pub fn run(options: &Options) -> Result<Results> {
         n_verified: scale.n_verified_pairs.min(pairs.len()),
         left_out,
     };
-    let (explained_threshold, rise_threshold) =
-        (question.explained_threshold, question.rise_threshold);
-    let pairs = pairs_used;
-    let told = Told { agreement, by_rule, pairs, human, text, explained_threshold, rise_threshold };
+    let thresholds = question.thresholds;
+    let told = Told { agreement, by_rule, pairs: used, human, text, thresholds };
     results(&loaded, options, told, found, clock)
 }
 
@@ -311,8 +303,7 @@ struct Told {
     pairs: PairsUsed,
     human: Option<Human>,
     text: Option<TextResults>,
-    explained_threshold: f64,
-    rise_threshold: f64,
+    thresholds: Thresholds,
 }
 
 fn results(
@@ -323,7 +314,7 @@ fn results(
     clock: Clock,
 ) -> Result<Results> {
     ensure!(!found.is_empty(), "no block was given to read after");
-    let Told { agreement, by_rule, pairs, human, text, explained_threshold, rise_threshold } = told;
+    let Told { agreement, by_rule, pairs, human, text, thresholds } = told;
     let estimate = |of: &dyn Fn(&SaeResults) -> f64| {
         Estimate::of(&found.iter().map(|found| of(&found.sae)).collect::<Vec<f64>>())
     };
@@ -360,9 +351,9 @@ fn results(
         gxa_top20_recall: estimate(&|sae| sae.gxa.top_k_recall),
         insertion_success: pooled(|inserted| inserted.success),
         control_success: pooled(|inserted| inserted.control),
-        insertion_threshold: rise_threshold,
+        insertion_threshold: thresholds.rise,
         explained: found.iter().flat_map(|found| found.explained.clone()).collect(),
-        explained_threshold,
+        explained_threshold: thresholds.explained,
         insertions: found.iter().flat_map(|found| found.insertions.insertions.clone()).collect(),
         repetition: found.iter().filter_map(|found| found.repetition.clone()).collect(),
         saes: found.into_iter().map(|found| found.sae).collect(),

@@ -162,16 +162,14 @@ impl Scale {
         }
     }
 
-    /// The sizes of the source work.
+    /// The sizes of the source work, on the default run's preference model.
     pub fn full() -> Self {
         Self {
-            n_train_chats: 600,
-            n_test_chats: 100,
             max_tokens: 500,
             n_attributed_pairs: 100,
             n_verified_pairs: 25,
             n_verified_latents: 300,
-            n_chat_tokens: 240_000,
+            n_chat_tokens: 120_000,
             n_insertions: 50,
             read: Blocks::Depths(vec![0.08, 0.28, 0.43, 0.5, 0.57, 0.71]),
             ..Self::default()

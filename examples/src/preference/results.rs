@@ -29,7 +29,7 @@ pub struct Results {
     pub planted_recall: Option<Rate>,
     /// Autoencoders of which a decoy's latent comes before the best one of a rule that matters.
     pub decoys_above: Option<Rate>,
-    /// Correlation of integrated gradients, over the ways of a fifth of the latents at a time, with
+    /// Correlation of integrated gradients, over the ways of a tenth of the latents at a time, with
     /// ablation: of each autoencoder's verified latents.
     pub ig_pearson: Estimate,
     /// Of the twenty with the largest measured effects, the share among the twenty of the largest
@@ -308,11 +308,11 @@ pub struct Human {
     pub n: usize,
     /// Parts that the pairs were divided into.
     pub n_folds: usize,
-    /// The head on last-token states.
+    /// The head on the last token's state and the answer's mean.
     pub head: Agreement,
     /// After which block the head of each part reads: chosen on the pairs that it learnt from.
     pub layers: Vec<usize>,
-    /// A head on the last block's states, for each block that was tried: its accuracy.
+    /// A head on each block's states alone: its accuracy.
     pub by_layer: Vec<(usize, Rate)>,
     /// Logistic regression on words and pairs of words.
     pub tf_idf: Rate,

@@ -276,11 +276,9 @@ fn sum_kernel(entries: &[u32], starts: &[u32], values: &[f32], out: &mut [f32]) 
     if ABSOLUTE_POS >= out.len() {
         terminate!();
     }
-    let (first, end) = (starts[ABSOLUTE_POS] as usize, starts[ABSOLUTE_POS + 1] as usize);
     let mut sum = 0f32;
-    for at in first..end {
-        let entry = entries[at] as usize;
-        sum += values[entry];
+    for at in starts[ABSOLUTE_POS] as usize..starts[ABSOLUTE_POS + 1] as usize {
+        sum += values[entries[at] as usize];
     }
     out[ABSOLUTE_POS] = sum;
 }

@@ -119,21 +119,20 @@ fn dot_kernel<V: Numeric, W: Numeric, I: Numeric>(
 
 /// The sum over the units of a cube, of which there are a power of two; every unit gets it.
 #[cube]
-#[allow(clippy::let_and_return, reason = "it is read here, before a caller writes there again")]
 pub(super) fn sum_of_cube(own: f32, #[comptime] n_units: u32) -> f32 {
     let unit = UNIT_POS as usize;
     let mut sums = Shared::<[f32]>::new_slice(n_units as usize);
     sums[unit] = own;
     sync_cube();
+    // Without `runtime` it would be a constant, which does not change.
     let mut half = (n_units as usize / 2).runtime();
     while half > 0 {
         if unit < half {
-            let both = sums[unit] + sums[unit + half];
-            sums[unit] = both;
+            let other = sums[unit + half];
+            sums[unit] += other;
         }
         sync_cube();
         half /= 2;
     }
-    let total = sums[0];
-    total
+    sums[0]
 }
