@@ -150,9 +150,9 @@ impl Scale {
     /// Minutes on two cores.
     pub fn quick() -> Self {
         Self {
-            n_train_chats: 200,
+            n_train_chats: 280,
             n_test_chats: 20,
-            n_attributed_pairs: 60,
+            n_attributed_pairs: 50,
             n_verified_pairs: 5,
             n_verified_latents: 20,
             n_chat_tokens: 12_000,
