@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 
 fn preference(options: &Options) -> Result<()> {
     let results = run(options)?;
-    let json = serde_json::to_string_pretty(&results)?;
+    let json = serde_json::to_string(&results)?;
     for (name, text) in [("results.json", json), ("report.html", render(&results)?)] {
         storage::write_whole(&options.out.join(name), text.as_bytes())?;
     }
