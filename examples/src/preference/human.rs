@@ -50,9 +50,8 @@ pub(super) fn cross_validate(
     for (nth, &part) in parts.iter().enumerate() {
         // A part that the head will learn from chooses the block and the ridge.
         let chooses = parts[(nth + 1) % parts.len()];
-        let tried: Vec<(usize, f64)> = (0..states.layers.len())
-            .flat_map(|layer| RIDGES.map(|ridge| (layer, ridge)))
-            .collect();
+        let tried: Vec<(usize, f64)> =
+            (0..states.layers.len()).flat_map(|layer| RIDGES.map(|ridge| (layer, ridge))).collect();
         let loss = |&(layer, ridge): &(usize, f64)| {
             let told = told(&states, human, layer, ridge, &[part, chooses], chooses);
             fitting.inc(1);
