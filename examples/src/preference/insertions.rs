@@ -10,7 +10,7 @@ use steering::Rate;
 use super::effects::{Question, TextEffects};
 use super::model::{BATCH_TOKENS, texts};
 use super::pairs::divergence;
-use super::ranked::{Added, OnWords};
+use super::ranked::OnWords;
 use super::results::Insertion;
 use super::saes::TrainedSae;
 use super::sources::{Encoding, conversation};
@@ -121,25 +121,24 @@ fn words(question: &Question<'_>, text: usize, tokens: Range<usize>) -> Result<S
 }
 
 /// The sentences, behind where texts part, on which some latents together add most to the difference
-/// of rewards: the mean over the pairs that say them, less its error. What both texts of a pair say
-/// adds nothing.
+/// of rewards: over all texts that say them, so that what either text says alike adds nothing.
 fn phrases(
     question: &Question<'_>,
     effects: &[TextEffects],
     latents: &[usize],
 ) -> Result<Vec<String>> {
-    let mut said = BTreeMap::<String, Added>::new();
+    let mut added = BTreeMap::<String, f64>::new();
     for (text, of_text) in effects.iter().enumerate() {
+        let sign = if text % 2 == 0 { 1.0 } else { -1.0 };
         let within = question.pairs[text / 2].divergence..texts(question.pairs)[text].len();
         for &(_, at, effect) in of_text.on_words.iter().filter(|(of, ..)| latents.contains(of)) {
-            let sentence = words(question, text, sentence(question, text, at, within.clone()))?;
+            let said = words(question, text, sentence(question, text, at, within.clone()))?;
             // What a latent adds is its effect with the sign turned.
-            said.entry(sentence).or_default().add(text, -effect);
+            *added.entry(said).or_default() -= sign * effect;
         }
     }
-    let adds = |(said, added): (String, Added)| Some((said, added.where_added()?));
-    let mut phrases: Vec<(String, f64)> = said.into_iter().filter_map(adds).collect();
-    phrases.retain(|(said, adds)| !said.is_empty() && *adds > 0.0);
+    added.retain(|said, added| !said.is_empty() && *added > 0.0);
+    let mut phrases: Vec<(String, f64)> = added.into_iter().collect();
     phrases.sort_by(|a, b| b.1.total_cmp(&a.1));
     Ok(phrases.into_iter().take(N_PHRASES).map(|(said, _)| said).collect())
 }

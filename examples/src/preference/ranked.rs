@@ -23,46 +23,41 @@ pub(super) struct Ranked {
     pub(super) lowering: Vec<OnWords>,
 }
 
-/// What something adds to the difference of rewards, by pair.
+/// What one latent adds.
 #[derive(Default)]
-pub(super) struct Added(BTreeMap<usize, f64>);
+struct Added {
+    reward: f64,
+    /// To the difference of rewards, by pair.
+    differences: BTreeMap<usize, f64>,
+}
 
 impl Added {
-    /// Adds what it does to a text, the preferred one of each pair first.
-    pub(super) fn add(&mut self, text: usize, adds: f64) {
-        let sign = if text.is_multiple_of(2) { 1.0 } else { -1.0 };
-        *self.0.entry(text / 2).or_default() += sign * adds;
-    }
-
-    /// The mean over so many pairs, less its standard error.
+    /// The mean difference of so many pairs, less its standard error.
     fn difference(&self, n_pairs: usize) -> f64 {
         let n = n_pairs as f64;
-        let mean = self.0.values().sum::<f64>() / n;
-        let square = self.0.values().map(|x| x * x).sum::<f64>() / n;
+        let mean = self.differences.values().sum::<f64>() / n;
+        let square = self.differences.values().map(|x| x * x).sum::<f64>() / n;
         mean - ((square - mean * mean).max(0.0) / n).sqrt()
-    }
-
-    /// The same over the pairs that it was added to, if those are more than one.
-    pub(super) fn where_added(&self) -> Option<f64> {
-        (self.0.len() > 1).then(|| self.difference(self.0.len()))
     }
 }
 
 impl Ranked {
     /// Of effects on texts, the preferred one of each pair first.
     pub(super) fn new(effects: &[TextEffects]) -> Self {
-        let mut latents = BTreeMap::<usize, (f64, Added)>::new();
+        let mut latents = BTreeMap::<usize, Added>::new();
         for (text, of_text) in effects.iter().enumerate() {
+            let sign = if text % 2 == 0 { 1.0 } else { -1.0 };
             for &(latent, _, effect) in &of_text.on_words {
-                let (reward, added) = latents.entry(latent).or_default();
                 // What a latent adds is its effect with the sign turned.
-                *reward -= effect;
-                added.add(text, -effect);
+                let adds = -effect;
+                let added = latents.entry(latent).or_default();
+                added.reward += adds;
+                *added.differences.entry(text / 2).or_default() += sign * adds;
             }
         }
         let side = |sign: f64| {
-            let of_side = latents.iter().filter(|(_, (reward, _))| sign * reward > 0.0);
-            let on_words = of_side.map(|(&latent, (_, added))| OnWords {
+            let of_side = latents.iter().filter(|(_, added)| sign * added.reward > 0.0);
+            let on_words = of_side.map(|(&latent, added)| OnWords {
                 latent,
                 difference: added.difference(effects.len() / 2),
             });
@@ -101,18 +96,6 @@ mod tests {
             lowering: vec![on_words(4, 2.0)],
         };
         assert_eq!(Ranked::new(&effects), expected);
-    }
-
-    #[test]
-    fn what_is_added_counts_where_it_is_added_or_over_all_pairs() {
-        let mut added = Added::default();
-        added.add(0, 3.0);
-        assert_eq!(added.where_added(), None);
-        // The other text of the second pair loses as much as the preferred one gains.
-        added.add(3, -1.0);
-        // Of 3 and 1 the mean is 2 and the deviation 1; among four pairs, 1 and √1.5.
-        assert!((added.where_added().unwrap() - (2.0 - 0.5f64.sqrt())).abs() < 1e-12);
-        assert!((added.difference(4) - (1.0 - 1.5f64.sqrt() / 2.0)).abs() < 1e-12);
     }
 
     #[test]
