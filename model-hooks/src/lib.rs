@@ -108,6 +108,27 @@
 //! # Ok(()) }
 //! ```
 //!
+//! # Train
+//!
+//! [`LanguageModel::map_weights`] puts other weights into some blocks. Where those are part of a graph,
+//! so is what comes out, and one backward pass gives their gradients.
+//!
+//! ```no_run
+//! # use burn::tensor::{Device, Tensor};
+//! # use model_hooks::{LanguageModel, TokenBatch};
+//! # fn f(model: &LanguageModel, tokens: &TokenBatch) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut leaves = Vec::new();
+//! let trained = model.map_weights(28..30, |_, weight| {
+//!     let leaf = weight.autodiff().require_grad();
+//!     leaves.push(leaf.clone());
+//!     leaf
+//! })?;
+//! let logits = trained.last_logits(tokens, &mut ())?;
+//! let grads = logits.narrow(1, 42, 1).sum().backward();
+//! let gradient = leaves[0].grad(&grads).ok_or("not reached")?;
+//! # Ok(()) }
+//! ```
+//!
 //! # Harvest
 //!
 //! [`LanguageModel::harvest`] streams one row per token of many texts, at several points at once.
@@ -173,6 +194,7 @@ pub mod load;
 mod model;
 mod positions;
 mod probe;
+mod projections;
 mod reward;
 mod row_edit;
 mod sampling;
@@ -194,6 +216,7 @@ pub use layers::{KvCache, RopeLength, SharedPrefix};
 pub use model::{ForwardError, LanguageModel};
 pub use positions::Positions;
 pub use probe::Probe;
+pub use projections::{Projection, WeightOf};
 pub use reward::{RewardHead, RewardModel};
 pub use row_edit::RowEdit;
 pub use sampling::{RandomSampling, Sampling, SamplingError};

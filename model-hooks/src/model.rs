@@ -10,7 +10,7 @@ use crate::config::ModelConfig;
 use crate::hook::{Hook, HookError, fire};
 use crate::hook_point::HookPoint;
 use crate::layers::{
-    KvCache, NormPoints, Pass, RopeLength, Rotary, RotaryTable, SharedPrefix, Unembedding,
+    Block, KvCache, NormPoints, Pass, RopeLength, Rotary, RotaryTable, SharedPrefix, Unembedding,
 };
 use crate::load::{LoadError, TensorSource};
 use crate::positions::Positions;
@@ -116,6 +116,10 @@ impl LanguageModel {
     /// The model's dimensions and conventions.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    pub(crate) fn blocks_mut(&mut self) -> &mut [Block] {
+        &mut self.trunk.blocks
     }
 
     /// Where the weights are.

@@ -85,7 +85,8 @@ impl<'a> Weights<'a> {
         [d_in, d_out]: [usize; 2],
         bias: bool,
     ) -> Result<Linear, LoadError> {
-        Ok(self.fused(name, [d_in, d_out], bias)?.linear(0..d_out))
+        let linear = self.fused(name, [d_in, d_out], bias)?.linear(0..d_out);
+        Ok(Linear { tensor: Some(format!("{name}.weight")), ..linear })
     }
 
     /// A linear layer whose file has it as `[d_in, d_out]`, with a bias.
@@ -208,7 +209,7 @@ impl Fused<'_> {
             let bias: Vec<f32> = outputs.map(|i| bias[i]).collect();
             Tensor::from_data(TensorData::new(bias, [d_out]), self.device)
         });
-        Linear { weight, bias }
+        Linear { weight, bias, tensor: None }
     }
 }
 

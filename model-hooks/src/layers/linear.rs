@@ -7,6 +7,8 @@ use burn::tensor::Tensor;
 pub(crate) struct Linear {
     pub(crate) weight: Tensor<2>,
     pub(crate) bias: Option<Tensor<1>>,
+    /// The checkpoint's tensor that is the weight, transposed; none where the file has it otherwise.
+    pub(crate) tensor: Option<String>,
 }
 
 impl Linear {
