@@ -1,13 +1,15 @@
 //! A model with a trained head, as a sequence-classification checkpoint.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use model_hooks::ModelConfig;
+use burn::tensor::Tensor;
 use model_hooks::config::{Architecture, Nonlinearity, RopeScaling};
 use model_hooks::load::{self, TensorSource};
+use model_hooks::{ModelConfig, WeightOf};
 use serde_json::{Map, Value, json};
 
 use crate::storage::write_whole;
@@ -20,17 +22,24 @@ const UNEMBEDDINGS: [&str; 2] = ["lm_head.", "embed_out."];
 const TEXT_FILES: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
-/// Writes the model at `source`, a folder or a GGUF file, with this head of one score, so that
-/// transformers and `RewardModel::load` read it: `config.json` and `model.safetensors`, in f32, and
-/// the tokenizer's files where the source is a folder.
+/// Writes the model at `source`, a folder or a GGUF file, with this head of one score and some other
+/// weights, so that transformers and `RewardModel::load` read it: `config.json` and
+/// `model.safetensors`, in f32, and the tokenizer's files where the source is a folder.
 ///
 /// # Errors
-/// If the source cannot be read, is a GGUF file of another architecture than Llama, or the folder
-/// cannot be written.
-pub fn save(source: &Path, head: &[f32], folder: &Path) -> Result<()> {
+/// If the source cannot be read, is a GGUF file of another architecture than Llama, keeps one of the
+/// weights with others, or the folder cannot be written.
+pub fn save(
+    source: &Path,
+    head: &[f32],
+    changed: &[(WeightOf, Tensor<2>)],
+    folder: &Path,
+) -> Result<()> {
     let mut checkpoint = load::open(source)?;
     let d_model = checkpoint.config.d_model;
     ensure!(head.len() == d_model, "a head of {} on a model of {d_model}", head.len());
+    let changed: BTreeMap<String, Vec<f32>> =
+        changed.iter().map(|(of, weight)| as_stored(of, weight)).collect::<Result<_>>()?;
     fs::create_dir_all(folder)
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let config = if source.is_dir() {
@@ -47,8 +56,17 @@ pub fn save(source: &Path, head: &[f32], folder: &Path) -> Result<()> {
     } else {
         llama_config(&checkpoint.config)?
     };
-    write_tensors(checkpoint.tensors.as_mut(), head, &folder.join("model.safetensors"))?;
+    let path = folder.join("model.safetensors");
+    write_tensors(checkpoint.tensors.as_mut(), head, &changed, &path)?;
     write_whole(&folder.join("config.json"), serde_json::to_string_pretty(&config)?.as_bytes())
+}
+
+/// The name and the values of a weight in a checkpoint.
+fn as_stored(of: &WeightOf, weight: &Tensor<2>) -> Result<(String, Vec<f32>)> {
+    let name = of.tensor.clone().with_context(|| {
+        format!("the checkpoint keeps {:?} of block {} with others", of.projection, of.layer)
+    })?;
+    Ok((name, weight.clone().transpose().into_data().iter().collect()))
 }
 
 /// The config of a causal model, turned into that of a classifier.
@@ -112,7 +130,12 @@ fn llama_config(config: &ModelConfig) -> Result<Value> {
 }
 
 /// Writes all tensors but an unembedding, and the head, one at a time.
-fn write_tensors(tensors: &mut dyn TensorSource, head: &[f32], path: &Path) -> Result<()> {
+fn write_tensors(
+    tensors: &mut dyn TensorSource,
+    head: &[f32],
+    changed: &BTreeMap<String, Vec<f32>>,
+    path: &Path,
+) -> Result<()> {
     let is_body = |name: &String| {
         name != SCORE && !UNEMBEDDINGS.iter().any(|prefix| name.starts_with(prefix))
     };
@@ -143,7 +166,11 @@ fn write_tensors(tensors: &mut dyn TensorSource, head: &[f32], path: &Path) -> R
     file.write_all(&(header.len() as u64).to_le_bytes()).with_context(place)?;
     file.write_all(&header).with_context(place)?;
     for name in &names {
-        write_values(&mut file, &tensors.tensor(name)?.values).with_context(place)?;
+        match changed.get(name) {
+            Some(values) => write_values(&mut file, values),
+            None => write_values(&mut file, &tensors.tensor(name)?.values),
+        }
+        .with_context(place)?;
     }
     write_values(&mut file, head).with_context(place)?;
     file.flush().with_context(place)?;
@@ -160,7 +187,7 @@ fn write_values(file: &mut BufWriter<&File>, values: &[f32]) -> std::io::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, Tensor, TensorData};
+    use burn::tensor::{Device, TensorData};
     use model_hooks::{LanguageModel, RewardHead, RewardModel, TokenBatch};
 
     #[test]
@@ -170,7 +197,7 @@ mod tests {
             let source = goldens::own("models").join(name);
             let folder = tempfile::tempdir().unwrap();
             let head: Vec<f32> = (0..48).map(|i| (i as f32 * 0.7).sin()).collect();
-            save(&source, &head, folder.path()).unwrap();
+            save(&source, &head, &[], folder.path()).unwrap();
             let mut saved = load::open(folder.path()).unwrap();
             let saved = RewardModel::load(saved.config, saved.tensors.as_mut(), &device).unwrap();
             let mut own = load::open(&source).unwrap();
@@ -197,7 +224,8 @@ mod tests {
     #[test]
     fn a_head_of_another_width_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let error = save(&goldens::own("models/llama_mha"), &[1.0; 7], folder.path()).unwrap_err();
+        let error =
+            save(&goldens::own("models/llama_mha"), &[1.0; 7], &[], folder.path()).unwrap_err();
         assert!(error.to_string().contains("a head of 7 on a model of 48"), "{error}");
     }
 }

@@ -27,6 +27,7 @@ mod telling;
 mod text;
 pub mod tf_idf;
 mod trained;
+mod tuned;
 
 use std::fs;
 use std::path::Path;
@@ -42,6 +43,7 @@ pub use results::{
     Repetition, Results, SaeResults, TextBySae, TextResults, TopText, VerifiedText,
 };
 pub use text::{as_conversation, attribute_text};
+pub use tuned::TuneConfig;
 
 use self::bradley_terry::Agreement;
 use self::effects::{Question, TextEffects, Thresholds, extremes, means};
@@ -78,7 +80,7 @@ pub fn run(options: &Options) -> Result<Results> {
         bail!("--preset gptj-pm opens up a reward model: pass a sequence classifier with --model");
     }
     let head = if own_head { assets::Head::Reward } else { assets::Head::Language };
-    let loaded = load_text_model(path.clone(), head, &device)?;
+    let mut loaded = load_text_model(path.clone(), head, &device)?;
     let config = loaded.model.body().config().clone();
     let layers = options.layers(&scale, config.n_layers)?;
     let (n_layers, d_model) = (config.n_layers, config.d_model);
@@ -91,7 +93,6 @@ pub fn run(options: &Options) -> Result<Results> {
     let sources = sources(options, &scale, encoding)?;
 
     clock.step("Preference model");
-    let run = Run { options, scale: &scale, loaded: &loaded, stages: &stages, device: &device };
     let human = match &sources.origin {
         Origin::Planted { .. } => None,
         Origin::File(pairs) => {
@@ -100,15 +101,20 @@ pub fn run(options: &Options) -> Result<Results> {
             Some(found)
         }
     };
+    let tune = options.tune.map(|n_blocks| TuneConfig::new(n_blocks, options.rank, options.seed));
+    let mut changed = Vec::new();
+    if let Some(config) = tune {
+        ensure!(!own_head, "--tune: {} has its own head, and is taken as it is", loaded.name);
+        let tuned = tuned::tune(&loaded, &sources, config, &stages)?;
+        loaded.model = HeadedModel::Reward(Box::new(tuned.model));
+        (loaded.hash, changed) = (tuned.hash, tuned.changed);
+    }
+    let run = Run { options, scale: &scale, loaded: &loaded, stages: &stages, device: &device };
     let Trained { model, key, rewards, saes } = run.train(&sources, &layers, &mut clock)?;
     if let Some(folder) = &options.save {
-        match &loaded.model {
-            HeadedModel::Reward(_) => bail!("--save: {} has its own head already", loaded.name),
-            HeadedModel::Language(_) => {
-                let head: Vec<f32> = model.head().weight().into_data().iter().collect();
-                classifier::save(&path, &head, folder)?;
-            }
-        }
+        ensure!(!own_head, "--save: {} has its own head already", loaded.name);
+        let head: Vec<f32> = model.head().weight().into_data().iter().collect();
+        classifier::save(&path, &head, &changed, folder)?;
         tell(&format!("saved to {}", folder.display()));
     }
     let differences: Vec<f64> = rewards.chunks_exact(2).map(|pair| pair[0] - pair[1]).collect();
@@ -130,7 +136,7 @@ pub fn run(options: &Options) -> Result<Results> {
         chosen.iter().flat_map(|&pair| [rewards[2 * pair], rewards[2 * pair + 1]]).collect();
     let question = Question {
         model: &model,
-        unembeds: matches!(loaded.model, HeadedModel::Language(_)),
+        unembeds: !own_head,
         tokenizer: &loaded.tokenizer,
         planted: planted.as_deref(),
         pairs: &pairs,
@@ -170,7 +176,8 @@ pub fn run(options: &Options) -> Result<Results> {
         left_out,
     };
     let thresholds = question.thresholds;
-    let told = Told { agreement, by_rule, pairs: used, human, text, thresholds };
+    let head = if own_head { Head::Own } else { Head::Learnt };
+    let told = Told { head, tune, agreement, by_rule, pairs: used, human, text, thresholds };
     results(&loaded, options, told, found, clock)
 }
 
@@ -298,6 +305,8 @@ fn explain_text(
 
 /// What was told apart from latents.
 struct Told {
+    head: Head,
+    tune: Option<TuneConfig>,
     agreement: Agreement,
     by_rule: Vec<(Rule, Rate)>,
     pairs: PairsUsed,
@@ -314,7 +323,7 @@ fn results(
     clock: Clock,
 ) -> Result<Results> {
     ensure!(!found.is_empty(), "no block was given to read after");
-    let Told { agreement, by_rule, pairs, human, text, thresholds } = told;
+    let Told { head, tune, agreement, by_rule, pairs, human, text, thresholds } = told;
     let estimate = |of: &dyn Fn(&SaeResults) -> f64| {
         Estimate::of(&found.iter().map(|found| of(&found.sae)).collect::<Vec<f64>>())
     };
@@ -332,10 +341,8 @@ fn results(
     let (steps, seconds) = clock.stop();
     Ok(Results {
         model: loaded.name.clone(),
-        head: match loaded.model {
-            HeadedModel::Language(_) => Head::Learnt,
-            HeadedModel::Reward(_) => Head::Own,
-        },
+        head,
+        tuned: tune,
         pairs,
         pm_accuracy: agreement.accuracy,
         agreement,

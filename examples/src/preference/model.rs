@@ -188,7 +188,7 @@ fn groups(texts: &[&[u32]]) -> Vec<(usize, Vec<usize>)> {
 /// Ridges that are tried.
 const RIDGES: [f64; 4] = [1e-3, 1e-2, 1e-1, 1.0];
 /// The last pairs, one of so many, choose the ridge.
-const CHOOSES: usize = 5;
+pub(super) const CHOOSES: usize = 5;
 
 /// A head fitted to pairs, whose states come two by two, the preferred one first, and to ties, which
 /// count as preferred both ways. The last fifth of the pairs chooses the ridge, by its loss under

@@ -32,6 +32,12 @@ pub struct Options {
     /// How many pairs to explain
     #[arg(long, value_name = "N")]
     pub n_explained: Option<usize>,
+    /// How many blocks from the top learn with the head; none by default
+    #[arg(long, value_name = "BLOCKS")]
+    pub tune: Option<usize>,
+    /// The rank of what is added to their weights (LoRA); 8 by default, 0 adds any matrix
+    #[arg(long, value_name = "R", requires = "tune")]
+    pub rank: Option<usize>,
     /// A text to score and attribute: an answer, or a conversation with its turns marked
     #[arg(long, value_name = "TEXT")]
     pub text: Option<String>,

@@ -95,6 +95,7 @@ mod tests {
         Results {
             model: HOSTILE.into(),
             head: Head::Learnt,
+            tuned: None,
             pairs: PairsUsed {
                 file: None,
                 n_train: 10,

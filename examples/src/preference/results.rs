@@ -8,6 +8,7 @@ use super::bradley_terry::Agreement;
 use super::options::SaeKind;
 use super::pairs::LeftOut;
 use super::planted::Rule;
+use super::tuned::TuneConfig;
 
 /// Everything that was found.
 #[derive(Debug, Clone, Serialize)]
@@ -16,6 +17,8 @@ pub struct Results {
     pub model: String,
     /// Where its head comes from.
     pub head: Head,
+    /// How its top blocks learnt with the head, if they did.
+    pub tuned: Option<TuneConfig>,
     /// Which pairs it was learnt from, measured on and explained by.
     pub pairs: PairsUsed,
     /// Pairs to measure on, on which the preference model agrees.

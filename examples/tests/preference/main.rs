@@ -264,7 +264,7 @@ fn the_preset_of_the_source_work_runs_end_to_end() {
     checkpoint::write(&causal, &config, 5).unwrap();
     checkpoint::write_ascii_tokenizer(&causal).unwrap();
     let head: Vec<f32> = (0..48).map(|i| (i as f32 * 0.7).sin()).collect();
-    classifier::save(&causal, &head, &reward).unwrap();
+    classifier::save(&causal, &head, &[], &reward).unwrap();
     let words = ["--preset", "gptj-pm", "--quick", "--n-chats", "8", "--n-explained", "3"];
     let words = with_chats(folder, &words, &mut chats);
     let refused = command(folder, &causal, "cache", &words).output().unwrap();
@@ -315,4 +315,38 @@ fn pairs_of_a_file_are_learnt_and_explained() {
     let refused = command(folder, &model, "pairs", &["--quick", "--pairs", &bad]).output().unwrap();
     let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(2) && stderr.contains("line 1 of"), "{stderr}");
+}
+
+#[test]
+fn top_blocks_learn_with_the_head_and_are_saved() {
+    let (project, model) = project();
+    let (folder, mut chats) = (project.path(), String::new());
+    let saved = folder.join("saved");
+    let words = ["--quick", "--layers", "1", "--n-chats", "20", "--n-explained", "3"];
+    let path = saved.display().to_string();
+    let learnt = [&words[..], &["--tune", "1", "--rank", "2", "--save", &path]].concat();
+    let learnt = with_chats(folder, &learnt, &mut chats);
+    let told = finished(&command(folder, &model, "cache", &learnt).output().unwrap());
+    assert!(told.contains("after 4 passes, held-out loss"), "{told}");
+    let first = found(folder, "cache");
+    assert_eq!((&first["head"], &first["tuned"]["rank"]), (&json!("learnt"), &json!(2)));
+    // What was learnt is kept, and is the same when it is learnt again.
+    let told = finished(&command(folder, &model, "cache", &learnt).output().unwrap());
+    assert!(!told.contains("passes"), "{told}");
+    assert_eq!(found(folder, "cache"), first);
+    finished(&command(folder, &model, "again", &learnt).output().unwrap());
+    assert_eq!(found(folder, "again"), first);
+    // What was saved is a reward model, which is taken as it is.
+    let mut chats = String::new();
+    let words = with_chats(folder, &words, &mut chats);
+    finished(&command(folder, &saved, "saved-cache", &words).output().unwrap());
+    let own = found(folder, "saved-cache");
+    assert_eq!((&own["head"], &own["pm_accuracy"]), (&json!("own"), &first["pm_accuracy"]));
+    let refused = command(folder, &saved, "cache", &[&words[..], &["--tune", "1"]].concat());
+    let refused = { refused }.output().unwrap();
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(2) && stderr.contains("has its own head"), "{stderr}");
+    let many = command(folder, &model, "cache", &[&words[..], &["--tune", "9"]].concat());
+    let stderr = String::from_utf8_lossy(&{ many }.output().unwrap().stderr).into_owned();
+    assert!(stderr.contains("--tune 9: the model has"), "{stderr}");
 }
