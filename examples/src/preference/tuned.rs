@@ -92,7 +92,8 @@ pub(super) fn tune(
         let all = [pairs.as_slice(), &ties].concat();
         let states = read(body, &all, Wanted { points: &[], last: true }, "reading pairs")?.last;
         let (of_pairs, of_ties) = states.split_at(pairs.len());
-        let head = model::head(of_pairs, of_ties);
+        // Those that choose are new to the head, too.
+        let head = model::head(&of_pairs[..2 * n_learnt(sources)], of_ties);
         Ok(vec![learn(body, &head, sources, config)?.values()])
     })?;
     let parameters = beginning.with_values(&values[0]);
@@ -103,7 +104,12 @@ pub(super) fn tune(
     Ok(Tuned { model, hash, changed })
 }
 
-/// Learns by the model of Bradley and Terry, with Adam. The last pairs choose after which pass.
+/// Pairs that are learnt from; those behind them choose after which pass to stop.
+fn n_learnt(sources: &Sources) -> usize {
+    sources.train.len() - sources.train.len() / CHOOSES
+}
+
+/// Learns by the model of Bradley and Terry, with Adam.
 fn learn(
     body: &LanguageModel,
     head: &[f32],
@@ -111,8 +117,7 @@ fn learn(
     config: TuneConfig,
 ) -> Result<Parameters> {
     let first = body.config().n_layers - config.n_blocks;
-    let n_learnt = sources.train.len() - sources.train.len() / CHOOSES;
-    let (pairs, chooses) = sources.train.split_at(n_learnt);
+    let (pairs, chooses) = sources.train.split_at(n_learnt(sources));
     let mut training = batches(body, pairs, false, first)?;
     training.extend(batches(body, &sources.ties, true, first)?);
     let choosing = batches(body, chooses, false, first)?;
