@@ -13,10 +13,10 @@ mod device;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use criterion::{BatchSize, BenchmarkId, Throughput};
 use kernels::{
-    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Select,
+    AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Search, Select,
     adam_step, attention, dot_rows, fit_residual, gated, layer_norm, linear, nonlinear,
-    project_rows, rms_norm, rotary, sparse_decode, sparse_dot, sparse_encode, sparse_grad_rows,
-    sparse_sum, top_k,
+    project_rows, rms_norm, rotary, sparse_decode, sparse_dot, sparse_encode, sparse_encode_by,
+    sparse_encode_with, sparse_grad_rows, sparse_sum, top_k,
 };
 
 use device::Finished;
@@ -68,6 +68,7 @@ fn encoder(criterion: &mut Criterion, device: &Device) {
     let (x, w) = (noise([BATCH, D_MODEL], device), noise([D_MODEL, D_SAE], device));
     let (bias, scale) = (noise([D_SAE], device), Tensor::ones([D_SAE], device));
     let pre: Tensor<2> = noise([BATCH, D_SAE], device);
+    let dead = Tensor::<1, Int>::arange(0..D_SAE as i64 / 10, device) * 10;
     let mut group = criterion.benchmark_group("encoder");
     group.sample_size(10).throughput(Throughput::Elements(BATCH as u64));
     group.bench_function("plain_matmul", |b| b.iter(|| x.clone().matmul(w.clone())));
@@ -87,6 +88,17 @@ fn encoder(criterion: &mut Criterion, device: &Device) {
             b.iter(|| sparse_encode(x.clone(), w.clone(), bias.clone(), by.clone(), select));
         });
     }
+    // The largest of each row as a training step finds them, and with the products of dead latents.
+    let by = || [bias.clone(), scale.clone()];
+    group.bench_function("sparse_encode_proposed", |b| {
+        b.iter(|| {
+            let ([bias, by], (x, w)) = (by(), (x.clone(), w.clone()));
+            sparse_encode_by(Search::Proposed, x, w, bias, by, Select::TopK(K))
+        });
+    });
+    group.bench_function("sparse_encode_with", |b| {
+        b.iter(|| sparse_encode_with(x.clone(), w.clone(), by(), Select::TopK(K), dead.clone()));
+    });
     group.finish();
 }
 

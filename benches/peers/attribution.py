@@ -6,11 +6,11 @@ a line each from the tokens, and from the residual stream kept after the block.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from model import N_POS, N_ROWS, load, median_s, peak_mb, reset_peak
+from model import load
+from timing import N_POS, N_ROWS, median_s, reset_peak, say, token_ids
 
 K = 32
 
@@ -26,8 +26,7 @@ def main():
 
     model = load(options.model, torch.float32).requires_grad_(False)
     trunk = model.model
-    ids = [(i + 1) * 7919 % model.config.vocab_size for i in range(N_ROWS * N_POS)]
-    ids = torch.tensor(ids).view(N_ROWS, N_POS)
+    ids = torch.tensor(token_ids(model.config.vocab_size)).view(N_ROWS, N_POS)
     w_dec = torch.nn.functional.normalize(torch.randn(options.d_sae, model.config.hidden_size), dim=1)
     blocks, norm = trunk.layers, trunk.norm
     below, above = blocks[: options.layer + 1], blocks[options.layer + 1 :]
@@ -56,20 +55,16 @@ def main():
         (logits[:, 1] - logits[:, 2]).sum().backward()
         return latents * latents.grad
 
-    def say(name, seconds):
-        line = {"name": name, "seconds": seconds, "peak_rss_mb": peak_mb()}
-        print(json.dumps(line), flush=True)
-
     # That the blocks were put together right: the logits are the model's own.
     with torch.no_grad():
         own = model(ids[:1], use_cache=False, logits_to_keep=1).logits[0, -1]
         ours = model.lm_head(norm(run(blocks, trunk.embed_tokens(ids[:1]))[:, -1]))[0]
         assert torch.allclose(own, ours, atol=1e-3), (own - ours).abs().max()
     reset_peak()
-    say("attribute", median_s(lambda: attribute(residual())))
+    say("attribute", seconds=median_s(lambda: attribute(residual())))
     kept = residual()
     reset_peak()
-    say("attribute_from_kept", median_s(lambda: attribute(kept)))
+    say("attribute_from_kept", seconds=median_s(lambda: attribute(kept)))
 
 
 if __name__ == "__main__":

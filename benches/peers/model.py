@@ -6,19 +6,15 @@ than `generate`; steered, with a hook as repeng and SAELens' users write it.
 """
 
 import argparse
-import json
-import statistics
 import time
 from pathlib import Path
 
 import torch
+from timing import (
+    N_DECODED, N_POS, N_PROMPT, N_ROWS, STEERED_LAYER, measure, measure_decoding, say, token_ids)
 from transformers import AutoModelForCausalLM, DynamicCache
 
-N_ROWS, N_POS = 8, 128
-N_PROMPT, N_DECODED = 16, 48
-AT_LEAST_S, AT_LEAST_REPEATS = 1.5, 5
 D_SAE, K = 4608, 32
-STEERED_LAYER = 12
 
 
 def load(path, dtype, **more):
@@ -27,36 +23,6 @@ def load(path, dtype, **more):
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, **kind, **more)
     return model.eval()
-
-
-def reset_peak():
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mb():
-    """The most memory held since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kb,) = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return kb * 1024 / 1e6
-
-
-def median_s(run):
-    run()
-    times, start = [], time.perf_counter()
-    while len(times) < AT_LEAST_REPEATS or time.perf_counter() - start < AT_LEAST_S:
-        before = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - before)
-    return statistics.median(times)
-
-
-def say(name, **numbers):
-    print(json.dumps({"name": name, **numbers, "peak_rss_mb": peak_mb()}), flush=True)
-
-
-def measure(name, n_tokens, run):
-    reset_peak()
-    say(name, tokens_per_s=n_tokens / median_s(run))
 
 
 def transformers_passes(model, ids, layer):
@@ -120,8 +86,6 @@ PASSES = {
 
 
 def decode(model, prompt, name):
-    """Greedy steps behind a short prompt, without the prompt's own."""
-
     def steps():
         cache = DynamicCache(config=model.config)
         ids, first = prompt, None
@@ -131,10 +95,7 @@ def decode(model, prompt, name):
             first = first or time.perf_counter()
         return time.perf_counter() - first
 
-    reset_peak()
-    steps()
-    seconds = statistics.median(steps() for _ in range(AT_LEAST_REPEATS))
-    say(name, tokens_per_s=N_DECODED / seconds)
+    measure_decoding(name, steps)
 
 
 def steered(model, prompt):
@@ -176,10 +137,7 @@ def main():
     model = load(options.model, torch.float32)
     say("load", seconds=time.perf_counter() - start)
     model.path = options.model
-    n_ids = N_ROWS * N_POS
-    # As `benches model` chooses them.
-    ids = [(i + 1) * 7919 % model.config.vocab_size for i in range(n_ids)]
-    ids = torch.tensor(ids).view(N_ROWS, N_POS)
+    ids = torch.tensor(token_ids(model.config.vocab_size)).view(N_ROWS, N_POS)
     with torch.inference_mode():
         PASSES[options.library](model, ids, options.layer)
         if options.library == "transformers":

@@ -4,7 +4,8 @@
 
 Random activations `[4096, 576]` in f32: forward, backward, clipping and Adam, by each library's own
 trainer where it has one that takes activations, with its defaults. Prints the same JSON line. The
-product of the encoder is timed turn about with the steps, in the same process.
+product of the encoder is timed turn about with the steps, in the same process. With `--device cuda` on
+a card, where sparsify has sparse kernels in Triton.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+import timing
 
 
 def sae_lens(kind, options):
@@ -31,10 +33,11 @@ def sae_lens(kind, options):
         "standard": {"l1_coefficient": 1e-3},
     }[kind]
     sae_class, config_class = get_sae_training_class(kind)
-    sae = sae_class(config_class(d_in=options.d_in, d_sae=options.d_sae, **more))
+    sae = sae_class(config_class(
+        d_in=options.d_in, d_sae=options.d_sae, device=options.device, **more))
     config = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=options.batch,
-        lr=options.lr, lr_end=options.lr,
+        lr=options.lr, lr_end=options.lr, device=options.device,
     )
     trainer = SAETrainer(config, sae, data_provider=iter(()))
 
@@ -56,9 +59,9 @@ def sparsify(kind, options):
 
     assert kind == "topk", "sparsify has no other kind"
     config = SparseCoderConfig(num_latents=options.d_sae, k=options.k)
-    sae = SparseCoder(options.d_in, config)
+    sae = SparseCoder(options.d_in, config, device=options.device)
     adam = torch.optim.Adam(sae.parameters(), lr=options.lr)
-    fired = torch.zeros(options.d_sae, dtype=torch.bool)
+    fired = torch.zeros(options.d_sae, dtype=torch.bool, device=options.device)
 
     def timed(x):
         sae.set_decoder_norm_to_unit_norm()
@@ -93,7 +96,7 @@ def dictionary_learning(kind, options):
     trainer_class, more = more[kind]
     trainer = trainer_class(
         steps=10**6, activation_dim=options.d_in, dict_size=options.d_sae, layer=0,
-        lm_name="none", lr=options.lr, device="cpu", **more,
+        lm_name="none", lr=options.lr, device=options.device, **more,
     )
     done = 0
 
@@ -116,7 +119,7 @@ def by_hand(kind, options):
     from sparse_step import SparseStep
 
     assert kind == "topk", "there is no other kind"
-    w_dec = torch.randn(options.d_sae, options.d_in)
+    w_dec = torch.randn(options.d_sae, options.d_in, device=options.device)
     w_dec *= 0.1 / w_dec.norm(dim=1, keepdim=True)
     timed = SparseStep(w_dec, w_dec, options.k, options.lr)
     return timed, lambda x: (timed(x), float(options.k)), None
@@ -138,12 +141,13 @@ def agree(options):
 
     torch.manual_seed(0)
     _, step, sae = sae_lens(options.kind, options)
-    # Activations of few directions, so that there is something to learn.
-    directions = torch.randn(64, options.d_in)
+    # Of directions, so that there is something to learn, and of more than these steps can learn:
+    # where a loss has come near zero, SAELens' own parts from itself by percents if one weight is
+    # rounded otherwise.
+    n_directions = 4 * options.d_in
+    directions = torch.randn(n_directions, options.d_in)
     batches = [
-        torch.randn(options.batch, 64).relu() @ directions + 0.1 * torch.randn(
-            options.batch, options.d_in)
-        for _ in range(4)
+        torch.randn(options.batch, n_directions).relu() @ directions for _ in range(4)
     ]
     weights = {name: tensor.detach().float().clone().contiguous()
                for name, tensor in sae.named_parameters()}
@@ -160,49 +164,63 @@ def agree(options):
         assert abs(by_hand - losses[-1]) <= 0.01 * losses[-1], "the step by hand parts from SAELens'"
 
 
-def read_gb_s():
-    """Bytes that all threads together read from memory in a second."""
-    data = torch.ones(1 << 28)
+def finished(device):
+    """Waits for the device, and says when that was."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def read_gb_s(device):
+    """Bytes that the device reads from its memory in a second."""
+    data = torch.ones(1 << 28, device=device)
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = finished(device)
         data.sum()
-        times.append(time.perf_counter() - start)
+        times.append(finished(device) - start)
     return data.numel() * 4 / statistics.median(times) / 1e9
 
 
-def peak_mb():
-    """The most memory held since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kb,) = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return kb * 1024 / 1e6
+def reset_peak(device):
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timing.reset_peak()
+
+
+def peak_mb(device):
+    """The most memory held since the last reset, on a card by torch's own count."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return timing.peak_mb()
 
 
 def measure(options):
     timed, step, _ = LIBRARIES[options.library](options.kind, options)
-    x = torch.randn(options.batch, options.d_in)
-    w = torch.randn(options.d_in, options.d_sae)
-    out = torch.empty(options.batch, options.d_sae)
+    device = options.device
+    x = torch.randn(options.batch, options.d_in, device=device)
+    w = torch.randn(options.d_in, options.d_sae, device=device)
+    out = torch.empty(options.batch, options.d_sae, device=device)
 
     def product(tile):
-        start = time.perf_counter()
+        start = finished(device)
         for rows, place in zip(x.split(tile), out.split(tile)):
             torch.mm(rows, w, out=place)
-        return time.perf_counter() - start
+        return finished(device) - start
 
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak(device)
     times, products, ratios = [], [], []
     for i in range(options.steps + options.warm_up):
         # Turn about, so that a change of the machine's pace hits both alike.
         encoder = min(product(512), product(options.batch))
-        start = time.perf_counter()
+        start = finished(device)
         timed(x)
-        seconds = time.perf_counter() - start
+        seconds = finished(device) - start
         if i >= options.warm_up:
             times.append(seconds)
             products.append(encoder)
             ratios.append(seconds / encoder)
-    peak = peak_mb()
+    peak = peak_mb(device)
     _, l0 = step(x)
     step_s, encoder_s = statistics.median(times), statistics.median(products)
     print(json.dumps({
@@ -217,7 +235,7 @@ def measure(options):
         "encoder_gemm_s": encoder_s,
         "of_encoder": statistics.median(ratios),
         "gemm_gflops": 2 * options.batch * options.d_in * options.d_sae / encoder_s / 1e9,
-        "read_gb_s": read_gb_s(),
+        "read_gb_s": read_gb_s(device),
         "peak_rss_mb": peak,
     }), flush=True)
 
@@ -235,12 +253,14 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--agree", type=Path, metavar="FILE",
                         help="write weights, batches and SAELens' losses, and time nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    # Its kernels for GPUs stand in for the plain decoder wherever they can be imported.
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    if options.device == "cpu":
+        # Its kernels for GPUs stand in for the plain decoder wherever they can be imported.
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     agree(options) if options.agree else measure(options)
 
 

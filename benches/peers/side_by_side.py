@@ -3,8 +3,8 @@
     python3 benches/peers/side_by_side.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
 Makes what it needs under target/peers: an environment for those that agree with each other
-(requirements.txt) and one for those that do not agree with them (requirements-models.txt), and our
-programs in the release profile. Every measurement is a process of its own, ours and theirs in turn,
+(requirements.txt), one for those that do not agree with them (requirements-models.txt), one for
+llama.cpp, which pip compiles (requirements-llama.txt), and our programs in the release profile. Every measurement is a process of its own, ours and theirs in turn,
 as many rounds as are asked for; all of them are kept in target/peers/measurements.jsonl as they are
 made, and a run that was interrupted goes on from there. Only Python's own library is needed here.
 """
@@ -20,10 +20,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = ["requirements", "requirements-models", "requirements-llama"]
 KINDS = ["topk", "batchtopk", "jumprelu", "gated", "standard"]
+# Those that keep a number of latents, whatever their weights.
+SELECTING = ["topk", "batchtopk"]
 SIZES = [4608, 18432]
 N_AGREED_STEPS = 200
 BEGIN, END = "<!-- side by side: begin -->", "<!-- side by side: end -->"
+
+ABOUT = """Tokens a second unless it says otherwise. The limit of a training step is the product of its
+encoder alone, as fast as the same tool takes it in the same process; of a pass, its products; of
+decoding, reading the weights once. `ours : it` above 1 is in our favour."""
 
 # What a line of a table is about, and in what it is measured: more is better, or less.
 MORE, LESS = 1, -1
@@ -62,19 +69,19 @@ def run(command, **more):
 def prepare(folder):
     """The environments and our programs."""
     subprocess.run(["cargo", "build", "--release", "-p", "benches"], cwd=ROOT, check=True)
-    for name in ["requirements", "requirements-models"]:
+    for name in ENVIRONMENTS:
         python = folder / name / "bin" / "python"
         wanted = (HERE / f"{name}.txt").read_text()
         made = folder / name / "made-of.txt"
         if made.is_file() and made.read_text() == wanted:
             continue
-        print(f"making {python.parent.parent}: some gigabytes", flush=True)
+        print(f"making {python.parent.parent}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / f"{name}.txt"], check=True)
         made.write_text(wanted)
 
 
-def parts(options, ours, python, python_models):
+def parts(options, ours, python, python_models, python_llama):
     step = HERE / "sae_step.py"
     for kind in KINDS:
         for d_sae in SIZES:
@@ -82,6 +89,10 @@ def parts(options, ours, python, python_models):
             peers += ["sparsify", "by-hand"] if kind == "topk" else []
             arguments = ["--kind", kind, "--d-sae", d_sae, "--steps", options.steps]
             tools = [Tool("ours", [ours, "sae-step", *arguments])]
+            if kind not in SELECTING:
+                # Theirs begin with half of all latents active, ours with as many as are asked for.
+                half = [*arguments, "--k", d_sae // 2]
+                tools.append(Tool("ours, half active", [ours, "sae-step", *half]))
             tools += [Tool(peer, [python, step, "--library", peer, *arguments]) for peer in peers]
             name = f"training step, {kind}, {d_sae:,} latents"
             yield Part(name, tools, "tokens_per_s", MORE, {None: name})
@@ -106,6 +117,7 @@ def parts(options, ours, python, python_models):
         Tool("transformer-lens",
              [python_models, passes, "--library", "transformer-lens", *model, *threads]),
         Tool("nnsight", [python_models, passes, "--library", "nnsight", *model, *threads]),
+        Tool("llama.cpp", [python_llama, HERE / "llama.py", *model, *threads]),
     ]
     yield Part("SmolLM2-135M, [8, 128] tokens; decoding, one conversation", tools,
                "tokens_per_s", MORE, whats)
@@ -161,7 +173,10 @@ def spread(values):
 
 
 def table(kept, part):
-    lines = [f"**{part.name}**", "", "| | tool | median (range) | of the limit | peak MB | ours : it |",
+    # For a training step there is one thing to measure, and more to say of it.
+    is_step = None in part.whats
+    lines = [f"**{part.name}**", "",
+             f"| {'active' if is_step else ''} | tool | median (range) | of the limit | peak MB | ours : it |",
              "|---|---|---|---|---|---|"]
     names = list(dict.fromkeys(tool.name for tool in part.tools))
     by_tool = {name: found(kept, part, name) for name in names}
@@ -177,12 +192,13 @@ def table(kept, part):
             peaks = [line["peak_rss_mb"] for line in measured if "peak_rss_mb" in line]
             own = by_tool["ours"].get(what)
             ratio = ""
-            if own and name != "ours":
+            if own and not name.startswith("ours"):
                 ours = statistics.median(line[metric] for line in own)
                 theirs = statistics.median(values)
                 ratio = f"{(ours / theirs) ** direction:.2f} ×"
+            about = f"{statistics.median(line['l0'] for line in measured):,.0f}" if is_step else meaning
             lines.append(" | ".join([
-                f"| {meaning if None not in part.whats else ''}", name, spread(values),
+                f"| {about}", name, spread(values),
                 f"{100 * statistics.median(of_limit):.0f} %" if of_limit else "",
                 f"{statistics.median(peaks):,.0f}" if peaks else "", f"{ratio} |"]))
     return "\n".join(lines)
@@ -195,7 +211,7 @@ def share(line):
     return line.get("limit_fraction", line.get("of_products"))
 
 
-def agreement(options, folder, ours, python):
+def agreement(folder, ours, python):
     """Losses from the same weights on the same batches."""
     lines = ["**Loss after 200 steps from the same weights on the same batches**", "",
              "| kind | ours | SAELens | largest difference in any step |", "|---|---|---|---|"]
@@ -213,7 +229,7 @@ def agreement(options, folder, ours, python):
     return "\n".join(lines)
 
 
-def to_begin_with(folder, ours, python, python_models):
+def to_begin_with(folder, ours, python, python_models, python_llama):
     """Size on disk and the time until a program or a library is there."""
     def seconds(command):
         times = []
@@ -237,6 +253,7 @@ def to_begin_with(folder, ours, python, python_models):
         row("SAELens", folder / "requirements", imports(python, "sae_lens")),
         row("TransformerLens", folder / "requirements-models", imports(python_models, "transformer_lens")),
         row("nnsight", folder / "requirements-models", imports(python_models, "nnsight")),
+        row("llama.cpp", folder / "requirements-llama", imports(python_llama, "llama_cpp")),
     ])
 
 
@@ -245,6 +262,16 @@ def machine():
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     wide = any(" avx512f " in f"{line} " for line in lines if line.startswith("flags"))
     return f"{os.cpu_count()} threads of {names[0]}, {'AVX-512' if wide else 'AVX2'}"
+
+
+def products(kept):
+    """The pace of everybody's own products, which the limits of training steps are."""
+    paces = {"ours": [], "torch": []}
+    for line in kept:
+        whose = "ours" if line["key"][1].startswith("ours") else "torch"
+        paces[whose] += [found["gemm_gflops"] for found in line["lines"] if "of_encoder" in found]
+    return " and ".join(f"{statistics.median(paces[whose]):,.0f} GFLOP/s {how}" for whose, how in
+                        [("ours", "here"), ("torch", "in torch")])
 
 
 def write(text):
@@ -268,8 +295,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
     ours = ROOT / "target" / "release" / "benches"
-    python, python_models = (folder / name / "bin" / "python"
-                             for name in ["requirements", "requirements-models"])
+    pythons = [folder / name / "bin" / "python" for name in ENVIRONMENTS]
     path = folder / "measurements.jsonl"
     if options.anew:
         path.unlink(missing_ok=True)
@@ -280,14 +306,15 @@ def main():
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    all_parts = [part for part in parts(options, ours, python, python_models)
+    all_parts = [part for part in parts(options, ours, *pythons)
                  if not options.only or options.only in part.name]
     measure(options, kept, keep, all_parts)
     tables = [table(kept, part) for part in all_parts]
     if not options.only:
-        tables.append(agreement(options, folder, ours, python))
-        tables.append(to_begin_with(folder, ours, python, python_models))
-    text = "\n\n".join([f"On {machine()}, {options.rounds} rounds.", *tables])
+        tables.insert(0, f"Products of an encoder: {products(kept)}, the medians of all training steps.")
+        tables.append(agreement(folder, ours, pythons[0]))
+        tables.append(to_begin_with(folder, ours, *pythons))
+    text = "\n\n".join([f"On {machine()}, {options.rounds} rounds.", ABOUT, *tables])
     print(text)
     if not options.only:
         write(text)

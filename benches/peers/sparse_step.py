@@ -14,20 +14,24 @@ class SparseStep:
 
     def __init__(self, w_enc, w_dec, k, lr):
         d_sae, d_in = w_dec.shape
-        self.k = k
+        self.k, self.device = k, w_dec.device
         # Rows in one piece, whatever they are a view of: the fused Adam goes by memory, not by index.
         rows = torch.contiguous_format
         self.w_enc = w_enc.clone(memory_format=rows)
         self.w_dec = w_dec.clone(memory_format=rows)
-        self.b_enc, self.b_dec = torch.zeros(d_sae), torch.zeros(d_in)
+        self.b_enc = torch.zeros(d_sae, device=self.device)
+        self.b_dec = torch.zeros(d_in, device=self.device)
         self.parameters = [self.w_enc, self.b_enc, self.w_dec, self.b_dec]
         self.adam = torch.optim.Adam(self.parameters, lr=lr, fused=True)
         # The fused step divides gradients by this as it goes: clipping without a pass of its own.
-        self.adam.found_inf = torch.zeros(())
-        self.ranking = torch.empty(d_sae, d_in)
+        self.adam.found_inf = torch.zeros((), device=self.device)
+        self.ranking = torch.empty(d_sae, d_in, device=self.device)
         self.pre = None
         # Latents of a group in the first round of ranking: the fastest of those tried.
         self.group = 16 if d_sae < 8192 else 64
+
+    def arange(self, *range):
+        return torch.arange(*range, device=self.device)
 
     @torch.no_grad()
     def __call__(self, x):
@@ -43,14 +47,14 @@ class SparseStep:
         loss = error.square().sum() / n
         error *= 2 / n
         by_latent = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            error, self.w_dec, indices.view(-1), torch.arange(0, n * k, k),
-            torch.arange(n).repeat_interleave(k), 0)
+            error, self.w_dec, indices.view(-1), self.arange(0, n * k, k),
+            self.arange(n).repeat_interleave(k), 0)
         by_latent = by_latent.view(n, k).mul_(kept > 0)
 
         # The pairs of latent and row in the order of latents: one owner for each row of a gradient.
         latents, order = indices.view(-1).sort(stable=True)
         rows = order // k
-        starts = torch.searchsorted(latents, torch.arange(len(norms)))
+        starts = torch.searchsorted(latents, self.arange(len(norms)))
 
         def rows_of(source, weights):
             return F.embedding_bag(
@@ -80,9 +84,9 @@ class SparseStep:
         n, group = len(centred), self.group
         if self.pre is None:
             # In one piece: tiles of rows that stay in the caches were slower.
-            self.pre = torch.empty(n, len(norms))
+            self.pre = torch.empty(n, len(norms), device=self.device)
         torch.addmm(self.b_enc * norms, centred, self.ranking.T, out=self.pre)
         _, largest = self.pre.view(n, -1, group).amax(-1).topk(self.k, sorted=False)
-        candidates = (largest[..., None] * group + torch.arange(group)).flatten(1)
+        candidates = (largest[..., None] * group + self.arange(group)).flatten(1)
         found, at = self.pre.gather(1, candidates).topk(self.k, sorted=False)
         return found, candidates.gather(1, at)

@@ -65,7 +65,8 @@ pub fn top_k(x: Tensor<2>, k: usize) -> (Tensor<2>, Tensor<2, Int>) {
 /// that is NaN ranks last; a row of nothing else keeps zeros, or NaN where it keeps any sign.
 ///
 /// # Shapes
-/// `x`: `[n, d]`, `w`: `[d, m]`, `bias` and `by`: `[m]`; values and indices: `[n, k]`.
+/// `x`: `[n, d]`, `w`: `[d, m]`, f32 or, where it gets no gradient, bf16; `bias` and `by`: `[m]`;
+/// values and indices: `[n, k]`. The arithmetic is f32.
 ///
 /// # Panics
 /// If a shape does not fit, a number to keep is zero or above the number of entries, or groups
@@ -160,7 +161,8 @@ pub fn sparse_encode_with(
 /// `out[i] = Σ_j values[i, j] · rows[indices[i, j]]`: a sparse matrix times a dense one.
 ///
 /// # Shapes
-/// `indices` and `values`: `[n, k]`, `rows`: `[m, d]`; result: `[n, d]`.
+/// `indices` and `values`: `[n, k]`, `rows`: `[m, d]`, f32 or, where they get no gradient, bf16;
+/// result: `[n, d]`. The arithmetic is f32.
 ///
 /// # Panics
 /// If the shapes of `indices` and `values` differ, or (on CPU) an index is not below `m`.
@@ -176,7 +178,8 @@ pub fn sparse_decode(indices: Tensor<2, Int>, values: Tensor<2>, rows: Tensor<2>
 /// `out[i, j] = ⟨x[i], rows[indices[i, j]]⟩`: the entries of `x · rowsᵀ` at some places only.
 ///
 /// # Shapes
-/// `indices` and the result: `[n, k]`, `rows`: `[m, d]`, `x`: `[n, d]`.
+/// `indices` and the result: `[n, k]`, `rows`: `[m, d]`, f32 or bf16, `x`: `[n, d]`. The arithmetic
+/// is f32.
 ///
 /// # Panics
 /// If a shape does not fit, or (on CPU) an index is not below `m`.

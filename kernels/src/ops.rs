@@ -7,6 +7,8 @@ use burn::backend::{Backend, TensorMetadata, backend_extension, get_or_init_devi
 use burn::tensor::{IndexingUpdateOp, Shape};
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "fusion")]
+use crate::cube::entries;
 use crate::plain_attention::{plain_attention, plain_attention_backward};
 use crate::plain_encode::plain_encode;
 use crate::plain_top_k::plain_top_k;
@@ -110,6 +112,16 @@ pub enum Select {
     Above,
 }
 
+impl Select {
+    /// The number of entries that are kept of each row, if they are the first of it.
+    fn of_each_row(self) -> Option<usize> {
+        match self {
+            Self::TopK(k) | Self::TopKSigned(k) | Self::TopKMagnitude(k) => Some(k),
+            Self::BatchTopK(_) | Self::GroupMax(_) | Self::Above => None,
+        }
+    }
+}
+
 /// How the entries to keep are found. All ways give the same result, bit for bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -130,6 +142,9 @@ pub enum Search {
 
 /// The operations of this crate on a backend's own tensors; see the functions of the crate root
 /// for what each computes. A backend that overrides nothing runs the plain defaults.
+///
+/// Under Burn's fusion, what has a kernel in `cube` is an operation by itself, of which shape and type
+/// are told before it runs; the plain defaults of the rest are fused.
 #[allow(missing_docs)]
 #[backend_extension(
     Flex: cfg(feature = "flex"),
@@ -139,7 +154,7 @@ pub enum Search {
     Autodiff,
 )]
 pub trait KernelOps: Backend {
-    #[fusion(default)]
+    #[fusion(meta = |x, k| entries(x, *k))]
     fn top_k(x: FloatTensor<Self>, k: usize) -> (FloatTensor<Self>, IntTensor<Self>) {
         plain_top_k::<Self>(x, k)
     }
@@ -152,6 +167,22 @@ pub trait KernelOps: Backend {
         by: FloatTensor<Self>,
         select: Select,
         _search: Search,
+    ) -> (FloatTensor<Self>, IntTensor<Self>) {
+        match select.of_each_row() {
+            Some(k) => Self::encode_top_k(x, w, bias, by, select, k),
+            None => plain_encode::<Self>(x, w, bias, by, select),
+        }
+    }
+
+    /// [`sparse_encode`](Self::sparse_encode) for a selection that keeps the first `k` of each row.
+    #[fusion(meta = |x, _w, _bias, _by, _select, k| entries(x, *k))]
+    fn encode_top_k(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        by: FloatTensor<Self>,
+        select: Select,
+        _k: usize,
     ) -> (FloatTensor<Self>, IntTensor<Self>) {
         plain_encode::<Self>(x, w, bias, by, select)
     }
@@ -170,34 +201,34 @@ pub trait KernelOps: Backend {
         (values, indices, products)
     }
 
-    #[fusion(default)]
+    #[fusion(dtype = burn::tensor::DType::F32, shape = Shape::new([values[0], rows[1]]))]
     fn sparse_decode(
         indices: IntTensor<Self>,
         values: FloatTensor<Self>,
         rows: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let ([n, k], d) = (dims(&values), rows.shape()[1]);
-        let gathered = gather_rows::<Self>(rows, indices);
+        let gathered = cast_like::<Self>(gather_rows::<Self>(rows, indices), &values);
         let values = Self::float_reshape(values, Shape::new([n, 1, k]));
         Self::float_reshape(Self::float_matmul(values, gathered), Shape::new([n, d]))
     }
 
     /// Also the gradient of [`sparse_decode`](Self::sparse_decode) for the values.
-    #[fusion(default)]
+    #[fusion(dtype = burn::tensor::DType::F32, shape = Shape::new([x[0], indices[1]]))]
     fn sparse_dot(
         indices: IntTensor<Self>,
         rows: FloatTensor<Self>,
         x: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let ([n, d], k) = (dims(&x), indices.shape()[1]);
-        let gathered = gather_rows::<Self>(rows, indices);
+        let gathered = cast_like::<Self>(gather_rows::<Self>(rows, indices), &x);
         let column = Self::float_reshape(x, Shape::new([n, d, 1]));
         Self::float_reshape(Self::float_matmul(gathered, column), Shape::new([n, k]))
     }
 
     /// Gradient of [`sparse_decode`](Self::sparse_decode) for the rows: `out[l] = Σ values[i, j] ·
     /// grad[i]` over the entries with `indices[i, j] = l`, for `l` below `m`.
-    #[fusion(default)]
+    #[fusion(dtype = burn::tensor::DType::F32, shape = Shape::new([*m, grad[1]]))]
     fn sparse_decode_grad_rows(
         indices: IntTensor<Self>,
         values: FloatTensor<Self>,
@@ -220,7 +251,7 @@ pub trait KernelOps: Backend {
     }
 
     /// `out[l] = Σ values[i, j]` over the entries with `indices[i, j] = l`, for `l` below `m`.
-    #[fusion(default)]
+    #[fusion(dtype = burn::tensor::DType::F32, shape = Shape::new([*m]))]
     fn sparse_sum(
         indices: IntTensor<Self>,
         values: FloatTensor<Self>,
@@ -450,7 +481,9 @@ pub trait KernelOps: Backend {
         plain_attention_backward::<Self>([q, k, v], first_column, config, grad)
     }
 
-    #[fusion(default)]
+    #[fusion(meta = |parameter, _gradient, first, second, _step, _config| {
+        (parameter.clone(), first.clone(), second.clone())
+    })]
     fn adam_step(
         parameter: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
@@ -487,7 +520,10 @@ pub(crate) fn dims<const D: usize>(tensor: &impl TensorMetadata) -> [usize; D] {
 }
 
 /// `tensor` in the precision of `like`.
-fn cast_like<B: Backend>(tensor: FloatTensor<B>, like: &FloatTensor<B>) -> FloatTensor<B> {
+pub(crate) fn cast_like<B: Backend>(
+    tensor: FloatTensor<B>,
+    like: &FloatTensor<B>,
+) -> FloatTensor<B> {
     match tensor.dtype() == like.dtype() {
         true => tensor,
         false => B::float_cast(tensor, like.dtype().into()),

@@ -4,7 +4,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{TensorMetadata, get_or_init_device_settings};
 use burn::tensor::{IndexingUpdateOp, Shape, TensorData};
 
-use crate::ops::{KernelOps, Select, dims};
+use crate::ops::{KernelOps, Select, cast_like, dims};
 
 pub(crate) fn plain_encode<B: KernelOps>(
     x: FloatTensor<B>,
@@ -15,6 +15,7 @@ pub(crate) fn plain_encode<B: KernelOps>(
 ) -> (FloatTensor<B>, IntTensor<B>) {
     let m = bias.shape()[0];
     let row = |t| B::float_reshape(t, Shape::new([1, m]));
+    let w = cast_like::<B>(w, &x);
     let pre = B::float_add(B::float_matmul(x, w), row(bias));
     let by = row(by);
     match select {

@@ -4,7 +4,7 @@ use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 use burn::tensor::{IndexingUpdateOp, Shape};
 
-use crate::ops::{AdamConfig, KernelOps, Select, dims};
+use crate::ops::{AdamConfig, KernelOps, Select, cast_like, dims};
 
 /// `x · w` at some columns.
 pub(crate) fn products_of<B: Backend>(
@@ -13,7 +13,7 @@ pub(crate) fn products_of<B: Backend>(
     columns: IntTensor<B>,
 ) -> FloatTensor<B> {
     // Of a matrix that lies transposed, columns are rows in one piece.
-    let rows = B::float_select(B::float_transpose(w), 0, columns);
+    let rows = cast_like::<B>(B::float_select(B::float_transpose(w), 0, columns), &x);
     B::float_matmul(x, B::float_transpose(rows))
 }
 

@@ -1,6 +1,6 @@
 //! Every kernel of a backend against the plain computation, values and gradients, on random shapes.
 
-use burn::tensor::{Device, Int, Tensor, TensorData, Tolerance};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, Tolerance};
 use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Search, Select,
 };
@@ -476,19 +476,47 @@ proptest! {
         assert_close(run(&device()), run(&device().autodiff()).inner());
     }
 
+    // They are what they round to, in arithmetic of f32.
+    #[test]
+    fn weights_may_be_in_bf16(n in 1..120usize, d in 1..70usize, m in 5..1100usize, seed: u64) {
+        let bf16 = noise::<2>([d, m], seed ^ 1, &device()).cast(DType::BF16);
+        let w = bf16.clone().cast(DType::F32);
+        let (rows_bf16, rows) = (bf16.clone().transpose(), w.clone().transpose());
+        let (x, values) = (noise([n, d], seed, &device()), noise([n, 5], seed ^ 2, &device()));
+        let at = some_indices(n, 5, m, seed, &device());
+        assert_close(kernels::linear(x.clone(), bf16.clone()), kernels::linear(x.clone(), w.clone()));
+        assert_close(
+            kernels::dot_rows(x.clone(), rows_bf16.clone()),
+            kernels::dot_rows(x.clone(), rows.clone()),
+        );
+        assert_close(
+            kernels::sparse_decode(at.clone(), values.clone(), rows_bf16.clone()),
+            kernels::sparse_decode(at.clone(), values, rows.clone()),
+        );
+        assert_close(
+            kernels::sparse_dot(at.clone(), rows_bf16, x.clone()),
+            kernels::sparse_dot(at.clone(), rows, x.clone()),
+        );
+        let (bias, by) = (noise([m], seed ^ 3, &device()), Tensor::ones([m], &device()));
+        let among = at.slice(0..1).squeeze_dim::<1>(0);
+        let encode = |w: &Tensor<2>| {
+            let (x, by_column) = (x.clone(), [bias.clone(), by.clone()]);
+            kernels::sparse_encode_with(x, w.clone(), by_column, Select::TopK(5), among.clone())
+        };
+        let (actual, expected) = (encode(&bf16), encode(&w));
+        assert_close(actual.0, expected.0);
+        prop_assert_eq!(ints(actual.1), ints(expected.1.clone()));
+        assert_close(actual.2, expected.2);
+        let encoded = kernels::sparse_encode(x, bf16, bias, by, Select::TopK(5));
+        prop_assert_eq!(ints(encoded.1), ints(expected.1));
+    }
+
     #[test]
     fn products_with_weights_match_their_defaults(n in 1..120usize, d in 1..70usize, m in 1..1100usize, seed: u64) {
         let run = |device: &Device| kernels::dot_rows(noise([n, d], seed, device), noise([m, d], seed ^ 1, device));
         assert_close(run(&device()), run(&device().autodiff()).inner());
         let run = |device: &Device| kernels::linear(noise([n, d], seed, device), noise([d, m], seed ^ 1, device));
         assert_close(run(&device()), run(&device().autodiff()).inner());
-        // Weights in bf16 are what they round to, in arithmetic of f32.
-        let bf16 = |w: Tensor<2>| w.cast(burn::tensor::DType::BF16);
-        let rounded = |w| bf16(w).cast(burn::tensor::DType::F32);
-        let (x, w) = (noise([n, d], seed, &device()), noise([d, m], seed ^ 1, &device()));
-        assert_close(kernels::linear(x.clone(), bf16(w.clone())), kernels::linear(x.clone(), rounded(w.clone())));
-        let w = w.transpose();
-        assert_close(kernels::dot_rows(x.clone(), bf16(w.clone())), kernels::dot_rows(x, rounded(w)));
         let k = m.min(5);
         let run = |device: &Device| {
             let indices = some_indices(n, k, m, seed, device);

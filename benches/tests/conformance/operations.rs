@@ -94,27 +94,37 @@ fn sparse_products() {
     });
 }
 
-/// In bf16 too, where a device has it, with the same rounded weights.
+/// Weights as they are, or rounded to bf16, and in bf16 where a device has it.
+fn weights(is_rounded: bool, weights: Tensor<2>) -> Tensor<2> {
+    if !is_rounded {
+        return weights;
+    }
+    let device = &weights.device();
+    let rounded = weights.into_data().convert::<bf16>();
+    match device.supports_dtype(DType::BF16) {
+        true => Tensor::from_data(rounded, (device, DType::BF16)),
+        false => Tensor::from_data(rounded.convert::<f32>(), device),
+    }
+}
+
 #[test]
 fn products_with_weights() {
     for n in [1, 7, 130] {
         for is_rounded in [false, true] {
             agree(F32, |device, found| {
-                let weights = |shape, seed| {
-                    let weights: Tensor<2> = noise(shape, seed, device);
-                    if !is_rounded {
-                        return weights;
-                    }
-                    let rounded = weights.into_data().convert::<bf16>();
-                    if device.supports_dtype(DType::BF16) {
-                        return Tensor::from_data(rounded, (device, DType::BF16));
-                    }
-                    Tensor::from_data(rounded.convert::<f32>(), device)
-                };
+                let weights = |shape, seed| weights(is_rounded, noise(shape, seed, device));
                 let x = noise([n, 48], 10, device);
                 found.about(format!("{n} rows, in bf16: {is_rounded},"));
                 found.put("linear", kernels::linear(x.clone(), weights([48, 200], 11)));
-                found.put("dot_rows", kernels::dot_rows(x, weights([200, 48], 12)));
+                found.put("dot_rows", kernels::dot_rows(x.clone(), weights([200, 48], 12)));
+                let (at, values) = (indices([n, 8], 200, 6, device), noise([n, 8], 7, device));
+                let decoded = kernels::sparse_decode(at.clone(), values, weights([200, 48], 12));
+                found.put("sparse_decode", decoded);
+                found.put("sparse_dot", kernels::sparse_dot(at, weights([200, 48], 12), x.clone()));
+                let (bias, by) = (noise([200], 4, device), Tensor::ones([200], device));
+                let w = weights([48, 200], 11);
+                let (values, at) = kernels::sparse_encode(x, w, bias, by, Select::TopK(8));
+                found.put_values("sparse_encode", dense(values, at, 200));
             });
         }
     }

@@ -9,15 +9,17 @@ mod by_latent;
 mod sparse;
 mod top_k;
 
+#[cfg(feature = "fusion")]
+use burn::backend::fusion::custom::TensorSpec;
+use burn::backend::ops::IntTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{TensorMetadata, get_or_init_device_settings};
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, IntDType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::{CubeCount, ElemType};
 
-use crate::ops::{AdamConfig, KernelOps, Search, Select};
+use crate::ops::{AdamConfig, KernelOps, Select};
 use crate::plain_encode::plain_encode;
 use crate::plain_top_k::plain_top_k;
 use crate::plain_training::plain_adam_step;
@@ -29,25 +31,21 @@ impl KernelOps for CubeBackend {
     fn top_k(x: Float, k: usize) -> (Float, Int) {
         match top_k::fits(k) && is_f32(&[&x]) {
             true => top_k::top_k(x, k),
-            false => plain_top_k::<Self>(x, k),
+            false => with_indices(plain_top_k::<Self>(x, k)),
         }
     }
 
-    fn sparse_encode(
+    fn encode_top_k(
         x: Float,
         w: Float,
         bias: Float,
         by: Float,
         select: Select,
-        _search: Search,
+        k: usize,
     ) -> (Float, Int) {
-        match select {
-            Select::TopK(k) | Select::TopKSigned(k) | Select::TopKMagnitude(k)
-                if top_k::fits(k) && is_f32(&[&x, &w, &bias, &by]) =>
-            {
-                top_k::encode(x, w, bias, by, select, k)
-            }
-            _ => plain_encode::<Self>(x, w, bias, by, select),
+        match top_k::fits(k) && is_f32(&[&x, &bias, &by]) {
+            true => top_k::encode(x, w, bias, by, select, k),
+            false => with_indices(plain_encode::<Self>(x, w, bias, by, select)),
         }
     }
 
@@ -103,9 +101,18 @@ fn empty_beside<const D: usize>(
     CubeTensor::new_contiguous(client, device, Shape::new(shape), buffer, dtype)
 }
 
-/// The type that indices have on the device of a tensor.
-fn int_dtype(beside: &CubeTensor) -> DType {
-    get_or_init_device_settings::<CubeBackend>(&beside.device()).int_dtype.into()
+/// The type that indices have, whatever other integers are: fusion has to know before it runs them.
+const INDEX: DType = DType::I32;
+
+fn with_indices((values, indices): (Float, Int)) -> (Float, Int) {
+    (values, CubeBackend::int_cast(indices, IntDType::I32))
+}
+
+/// The `k` entries of each row of `x`, before they are there.
+#[cfg(feature = "fusion")]
+pub(crate) fn entries(x: &TensorSpec, k: usize) -> (TensorSpec, TensorSpec) {
+    let shape = Shape::new([x.shape[0], k]);
+    (TensorSpec::new(shape.clone(), x.dtype), TensorSpec::new(shape, INDEX))
 }
 
 fn element(tensor: &CubeTensor) -> ElemType {

@@ -10,8 +10,8 @@ use burn::tensor::{DType, Shape, Slice};
 use burn_cubecl::CubeBackend;
 use cubecl::prelude::*;
 
-use super::{Float, Int, cubes, element, empty_beside, int_dtype, packed};
-use crate::ops::Select;
+use super::{Float, INDEX, Int, cubes, element, empty_beside, packed};
+use crate::ops::{Select, cast_like};
 
 /// Units that share a row.
 const UNITS: u32 = 256;
@@ -43,7 +43,7 @@ pub(super) fn fits(k: usize) -> bool {
 pub(super) fn top_k(x: Float, k: usize) -> (Float, Int) {
     let [n, _]: [usize; 2] = x.shape().dims();
     let values = empty_beside(&x, [n, k], DType::F32);
-    let columns = empty_beside(&x, [n, k], int_dtype(&x));
+    let columns = empty_beside(&x, [n, k], INDEX);
     let nothing = empty_beside(&x, [1], DType::F32);
     let by = [nothing.clone(), nothing];
     pick(packed(x), by, (values.clone(), columns.clone()), 0, k, Rank::Plain);
@@ -66,8 +66,9 @@ pub(super) fn encode(
         _ => Rank::Rectified,
     };
     let values = empty_beside(&x, [n, k], DType::F32);
-    let columns = empty_beside(&x, [n, k], int_dtype(&x));
+    let columns = empty_beside(&x, [n, k], INDEX);
     let by = [packed(bias), packed(by)];
+    let w = cast_like::<CubeBackend>(w, &x);
     let rows_of_tile = (TILE / m).max(1);
     for first in (0..n).step_by(rows_of_tile) {
         let end = (first + rows_of_tile).min(n);

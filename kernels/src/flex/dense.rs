@@ -3,11 +3,11 @@
 
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, FloatDType, bf16};
+use burn::tensor::bf16;
 use rayon::prelude::*;
 
 use super::simd::{add_scaled, dot, dot_4, multiversion};
-use super::{Float, Weights, floats, new_floats, packed, weights};
+use super::{Float, Weights, floats, new_floats, packed, weights, widened};
 use crate::ops::dims;
 
 /// From so many rows of `x` on, the blocked product is the faster one.
@@ -68,13 +68,6 @@ pub(super) fn dot_rows(x: Float, rows: Float) -> Float {
         Weights::Bf16(rows) => by_rows(floats(&x), rows, [n, d, m], fill_rows_bf16),
     };
     new_floats(out, [n, m])
-}
-
-fn widened(w: Float) -> Float {
-    match w.dtype() {
-        DType::BF16 => Flex::float_cast(w, FloatDType::F32),
-        _ => w,
-    }
 }
 
 /// Fills a part of a result out of `x` and weights.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::simd::multiversion;
 use super::top_k::{Picked, pick_magnitudes, pick_values};
-use super::{Float, Int, floats, new_floats, new_ints, packed};
+use super::{Float, Int, floats, new_floats, new_ints, packed, widened};
 use crate::ops::{Search, Select, dims};
 
 /// Rows of pre-activations made at a time: they stay in the cache until the scan has read them.
@@ -23,7 +23,7 @@ pub(super) fn sparse_encode(
     select: Select,
     search: Search,
 ) -> (Float, Int) {
-    let [n, _] = dims(&x);
+    let ([n, _], w) = (dims(&x), widened(w));
     let (bias, by) = (packed(bias), packed(by));
     let (bias, by) = (floats(&bias), floats(&by));
     match select {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::encode::{for_each_tile, sparse_encode};
 use super::top_k::{Picked, pick_magnitudes, pick_values};
-use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
+use super::{Float, Int, floats, ints, new_floats, packed, packed_ints, widened};
 use crate::ops::{Search, Select, dims};
 use crate::plain_training::products_of;
 
@@ -18,6 +18,7 @@ pub(super) fn sparse_encode_with(
     among: Int,
 ) -> (Float, Int, Float) {
     let ([n, _], [_, m]) = (dims::<2>(&x), dims::<2>(&w));
+    let w = widened(w);
     let among = packed_ints(among);
     let columns = ints(&among);
     if let Some(bad) = columns.iter().find(|&&column| column < 0 || column as usize >= m) {

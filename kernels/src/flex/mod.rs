@@ -20,9 +20,9 @@ mod sparse;
 mod top_k;
 
 use burn::backend::Flex;
-use burn::backend::ops::IntTensorOps;
+use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{DType, IntDType, TensorData, bf16};
+use burn::tensor::{DType, FloatDType, IntDType, TensorData, bf16};
 
 use crate::ops::{
     AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select,
@@ -183,6 +183,14 @@ fn floats(tensor: &Float) -> &[f32] {
     assert_eq!(tensor.dtype(), DType::F32, "the CPU kernels work on f32 tensors");
     let slice = tensor.as_slice::<f32>();
     &slice.expect("packed tensors are contiguous")[..tensor.layout().num_elements()]
+}
+
+/// Weights in f32, for what has no kernel that reads them as they are kept.
+fn widened(w: Float) -> Float {
+    match w.dtype() {
+        DType::BF16 => Flex::float_cast(w, FloatDType::F32),
+        _ => w,
+    }
 }
 
 /// The storage of a matrix of weights, of either precision.

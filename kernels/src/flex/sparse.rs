@@ -3,12 +3,12 @@
 use rayon::prelude::*;
 
 use super::simd::{add_scaled, add_scaled_4, dot, multiversion};
-use super::{Float, Int, floats, ints, new_floats, packed, packed_ints};
+use super::{Float, Int, floats, ints, new_floats, packed, packed_ints, widened};
 use crate::ops::dims;
 
 pub(super) fn decode(indices: Int, values: Float, rows: Float) -> Float {
     let ([n, k], [m, d]) = (dims(&values), dims(&rows));
-    let (indices, values, rows) = (packed_ints(indices), packed(values), packed(rows));
+    let (indices, values, rows) = (packed_ints(indices), packed(values), packed(widened(rows)));
     let (indices, values, rows) = (checked(&indices, m), floats(&values), floats(&rows));
     let mut out = vec![0f32; n * d];
     out.par_chunks_mut(d)
@@ -19,7 +19,7 @@ pub(super) fn decode(indices: Int, values: Float, rows: Float) -> Float {
 
 pub(super) fn dot_at(indices: Int, rows: Float, x: Float) -> Float {
     let ([n, d], [m, _], [_, k]) = (dims(&x), dims::<2>(&rows), dims::<2>(&indices));
-    let (indices, rows, x) = (packed_ints(indices), packed(rows), packed(x));
+    let (indices, rows, x) = (packed_ints(indices), packed(widened(rows)), packed(x));
     let (indices, rows, x) = (checked(&indices, m), floats(&rows), floats(&x));
     let mut out = vec![0f32; n * k];
     out.par_chunks_mut(k)
