@@ -26,6 +26,9 @@ const SUM_COLUMNS: usize = 1 << 12;
 /// Weights of either precision.
 trait Weight: Copy + Sync {
     fn wide(self) -> f32;
+
+    /// A row in f32: itself, or `scratch`.
+    fn wide_row<'a>(row: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
 }
 
 impl Weight for f32 {
@@ -33,12 +36,25 @@ impl Weight for f32 {
     fn wide(self) -> f32 {
         self
     }
+
+    #[inline(always)]
+    fn wide_row<'a>(row: &'a [Self], _scratch: &'a mut [f32]) -> &'a [f32] {
+        row
+    }
 }
 
 impl Weight for bf16 {
     #[inline(always)]
     fn wide(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn wide_row<'a>(row: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
+        for (wide, weight) in scratch.iter_mut().zip(row) {
+            *wide = weight.wide();
+        }
+        scratch
     }
 }
 
@@ -167,10 +183,7 @@ fn some_rows<W: Weight>(out: &mut [f32], x: &[f32], rows: &[W], d: usize) {
     let m = rows.len() / d;
     let mut scratch = vec![0f32; d];
     for (column, row) in rows.chunks_exact(d).enumerate() {
-        for (wide, weight) in scratch.iter_mut().zip(row) {
-            *wide = weight.wide();
-        }
-        let row = &scratch[..];
+        let row = W::wide_row(row, &mut scratch);
         let fours = x.chunks_exact(4 * d);
         let n_fours = fours.len();
         for (four, x) in fours.enumerate() {
