@@ -16,7 +16,7 @@ use kernels::{
     AdamConfig, AdamState, AttentionConfig, KeyValues, Nonlinearity, RotaryPairs, Search, Select,
     adam_step, attention, dot_rows, fit_residual, gated, layer_norm, linear, nonlinear,
     project_rows, rms_norm, rotary, sparse_decode, sparse_dot, sparse_encode, sparse_encode_by,
-    sparse_encode_with, sparse_grad_rows, sparse_sum, top_k,
+    sparse_encode_with, sparse_gather, sparse_grad_rows, sparse_sum, top_k,
 };
 
 use device::Finished;
@@ -121,6 +121,10 @@ fn decoder(criterion: &mut Criterion, device: &Device) {
     });
     group.bench_function("sparse_sum", |b| {
         b.iter(|| sparse_sum(indices.clone(), values.clone(), D_SAE));
+    });
+    group.bench_function("sparse_gather", |b| {
+        let vector = noise([D_SAE], device);
+        b.iter(|| sparse_gather(indices.clone(), vector.clone()));
     });
     group.finish();
 }

@@ -12,7 +12,7 @@
 //! | [`sparse_decode`] | sparse, latent-major for the rows |
 //! | [`rms_norm`], [`nonlinear`], [`gated`], [`rotary`] | fused |
 //! | [`attention`] | fused without a prefix and a soft cap, else through the plain default |
-//! | [`sparse_encode_with`], [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
+//! | [`sparse_encode_with`], [`sparse_dot`], [`sparse_grad_rows`], [`sparse_sum`], [`sparse_gather`], [`linear`], [`dot_rows`], [`layer_norm`] | through the plain default |
 //! | [`adam_step`], [`project_rows`], [`fit_residual`] | none |
 
 mod autodiff;
@@ -229,6 +229,18 @@ pub fn sparse_sum(indices: Tensor<2, Int>, values: Tensor<2>, m: usize) -> Tenso
     assert_eq!(indices.dims(), values.dims(), "sparse_sum: indices and values differ in shape");
     let sum = Dispatch::sparse_sum(indices.into_dispatch(), values.into_dispatch(), m);
     Tensor::from_dispatch(sum)
+}
+
+/// `out[i, j] = vector[indices[i, j]]`.
+///
+/// # Shapes
+/// `indices`: `[n, k]`, `vector`: `[m]`; result: `[n, k]`.
+///
+/// # Panics
+/// If (on CPU) an index is not below `m`.
+pub fn sparse_gather(indices: Tensor<2, Int>, vector: Tensor<1>) -> Tensor<2> {
+    let gathered = Dispatch::sparse_gather(indices.into_dispatch(), vector.into_dispatch());
+    Tensor::from_dispatch(gathered)
 }
 
 /// `x · w`: a product with fixed weights, which may be kept in bf16. The arithmetic is f32.

@@ -268,6 +268,14 @@ pub trait KernelOps: Backend {
         )
     }
 
+    /// `out[i, j] = vector[indices[i, j]]`.
+    #[fusion(default)]
+    fn sparse_gather(indices: IntTensor<Self>, vector: FloatTensor<Self>) -> FloatTensor<Self> {
+        let shape = indices.shape();
+        let indices = Self::int_reshape(indices, Shape::new([shape.num_elements()]));
+        Self::float_reshape(Self::float_select(vector, 0, indices), shape)
+    }
+
     #[fusion(default)]
     fn linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
         let w = cast_like::<Self>(w, &x);

@@ -329,6 +329,8 @@ fn entries_that_are_named_twice_add_up() {
         let by_rows = kernels::sparse_grad_rows(named(), values(), x, 3);
         assert_eq!(floats(by_rows), [5.0, 10.0, 0.0, 0.0, 11.0, 22.0]);
         assert_eq!(floats(kernels::sparse_sum(named(), values(), 3)), [5.0, 0.0, 11.0]);
+        let vector = on(&device, &[7.0, 8.0, 9.0], [3]);
+        assert_eq!(floats(kernels::sparse_gather(named(), vector)), [9.0, 9.0, 7.0]);
     }
 }
 
@@ -339,11 +341,12 @@ fn indices_out_of_range_are_refused_by_every_operation() {
         let values = || tensor(&[1.0, 1.0], [1, 2]);
         let rows = || tensor(&[1.0; 6], [3, 2]);
         let x = || tensor(&[1.0, 2.0], [1, 2]);
-        let operations: [(&str, &dyn Fn()); 4] = [
+        let operations: [(&str, &dyn Fn()); 5] = [
             ("decode", &|| drop(kernels::sparse_decode(named(), values(), rows()))),
             ("dot", &|| drop(kernels::sparse_dot(named(), rows(), x()))),
             ("grad_rows", &|| drop(kernels::sparse_grad_rows(named(), values(), x(), 3))),
             ("sum", &|| drop(kernels::sparse_sum(named(), values(), 3))),
+            ("gather", &|| drop(kernels::sparse_gather(named(), tensor(&[1.0; 3], [3])))),
         ];
         for (name, run) in operations {
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));

@@ -7,7 +7,7 @@ mod kinds;
 mod pursuit;
 
 use burn::tensor::{Int, Tensor};
-use kernels::{sparse_decode, sparse_dot};
+use kernels::{sparse_decode, sparse_dot, sparse_gather};
 
 use crate::activation::Activation;
 use crate::config::{ConfigError, SaeConfig, SaeMetadata};
@@ -294,7 +294,7 @@ impl Sae {
         assert_eq!(latents.d_sae, self.config.d_sae, "latents of another SAE");
         let SparseLatents { indices, values, .. } = latents.clone();
         let values = match self.scale() {
-            Some(scale) => values / at(scale, &indices),
+            Some(scale) => values / sparse_gather(indices.clone(), scale),
             None => values,
         };
         let SaeWeights { w_dec, b_dec, .. } = self.weights.clone();
@@ -335,11 +335,6 @@ pub(crate) fn row_squares(rows: &Tensor<2>) -> Tensor<1> {
 /// `‖rows[i]‖`, at least [`LEAST_NORM`].
 pub(crate) fn row_norms(rows: Tensor<2>) -> Tensor<1> {
     row_squares(&rows).sqrt().clamp_min(LEAST_NORM)
-}
-
-/// `scale[indices]`.
-fn at(scale: Tensor<1>, indices: &Tensor<2, Int>) -> Tensor<2> {
-    scale.select(0, indices.clone().flatten(0, 1)).reshape(indices.dims())
 }
 
 #[cfg(test)]

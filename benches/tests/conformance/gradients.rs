@@ -56,8 +56,11 @@ fn sparse_products() {
         let rows = leaf([m, d], 9, device);
         let dot = kernels::sparse_dot(at.clone(), rows.clone(), x.clone());
         put_gradients(found, dot, &[("rows of dot", &rows), ("x of dot", &x)]);
-        let sum = kernels::sparse_sum(at, values.clone(), m);
+        let sum = kernels::sparse_sum(at.clone(), values.clone(), m);
         put_gradients(found, sum, &[("values of sum", &values)]);
+        let vector = leaf([m], 10, device);
+        let gathered = kernels::sparse_gather(at, vector.clone());
+        put_gradients(found, gathered, &[("vector of gathered", &vector)]);
     });
 }
 

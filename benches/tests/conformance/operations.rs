@@ -90,7 +90,8 @@ fn sparse_products() {
         found.put("decode", kernels::sparse_decode(at.clone(), values.clone(), rows.clone()));
         found.put("dot", kernels::sparse_dot(at.clone(), rows, x.clone()));
         found.put("rows", kernels::sparse_grad_rows(at.clone(), values.clone(), x, m));
-        found.put("sum", kernels::sparse_sum(at, values, m));
+        found.put("sum", kernels::sparse_sum(at.clone(), values, m));
+        found.put("gathered", kernels::sparse_gather(at, noise([m], 10, device)));
     });
 }
 

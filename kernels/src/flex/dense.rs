@@ -6,7 +6,7 @@ use burn::backend::ops::FloatTensorOps;
 use burn::tensor::bf16;
 use rayon::prelude::*;
 
-use super::simd::{add_scaled, dot, dot_4, multiversion};
+use super::simd::{add, dot, dot_4, multiversion};
 use super::{Float, Weights, floats, new_floats, packed, weights, widened};
 use crate::ops::dims;
 
@@ -207,12 +207,6 @@ multiversion! {
 multiversion! {
     fn fill_inputs_bf16(out: &mut [f32], x: &[f32], w: &[bf16], dims: [usize; 3]) {
         some_inputs(out, x, w, dims);
-    }
-}
-
-multiversion! {
-    fn add(out: &mut [f32], x: &[f32]) {
-        add_scaled(out, 1.0, x);
     }
 }
 

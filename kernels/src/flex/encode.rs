@@ -1,13 +1,14 @@
 //! The encoder: a tile of pre-activations at a time, and what is kept of it.
 
+use std::ops::Range;
+
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::Slice;
 use rayon::prelude::*;
 
 use super::simd::multiversion;
 use super::top_k::{Picked, pick_magnitudes, pick_values};
-use super::{Float, Int, floats, new_floats, new_ints, packed, widened};
+use super::{Float, Int, floats, new_floats, new_ints, packed, rows_of, widened};
 use crate::ops::{Search, Select, dims};
 
 /// Rows of pre-activations made at a time: they stay in the cache until the scan has read them.
@@ -102,8 +103,7 @@ pub(super) fn for_each_tile(x: Float, w: Float, mut consume: impl FnMut(&[f32], 
     let ([n, _], [_, m]) = (dims::<2>(&x), dims::<2>(&w));
     for start in (0..n).step_by(TILE_ROWS) {
         let end = (start + TILE_ROWS).min(n);
-        let rows = [Slice::new(start as isize, Some(end as isize), 1), Slice::full()];
-        let tile = packed(Flex::float_matmul(Flex::float_slice(x.clone(), &rows), w.clone()));
+        let tile = packed(Flex::float_matmul(rows_of(&x, start, end), w.clone()));
         consume(floats(&tile), m);
     }
 }
@@ -220,26 +220,44 @@ fn filled_up<E: Sync>(
 /// Calls `take` on the entries for which `is_kept`, asking whole blocks first.
 #[inline(always)]
 pub(super) fn sift(m: usize, is_kept: impl Fn(usize) -> bool, mut take: impl FnMut(usize)) {
-    for start in (0..m).step_by(BLOCK) {
-        let block = start..(start + BLOCK).min(m);
-        let mut any = false;
-        for i in block.clone() {
-            any |= is_kept(i);
-        }
-        if any {
-            block.filter(|&i| is_kept(i)).for_each(&mut take);
-        }
+    for block in blocks_with_some(m, &is_kept) {
+        block.filter(|&i| is_kept(i)).for_each(&mut take);
     }
+}
+
+/// The blocks with entries for which `is_kept`.
+#[inline(always)]
+fn blocks_with_some(
+    m: usize,
+    is_kept: impl Fn(usize) -> bool,
+) -> impl Iterator<Item = Range<usize>> {
+    let blocks = (0..m).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(m));
+    blocks.filter(
+        #[inline(always)]
+        move |block| {
+            let mut any = false;
+            for i in block.clone() {
+                any |= is_kept(i);
+            }
+            any
+        },
+    )
 }
 
 multiversion! {
     fn keep_above(row: &[f32], bias: &[f32], threshold: &[f32], kept: &mut Vec<(u32, f32)>) {
         let (bias, threshold) = (&bias[..row.len()], &threshold[..row.len()]);
-        sift(
-            row.len(),
-            #[inline(always)] |i| row[i] + bias[i] > threshold[i].max(0.0),
-            #[inline(always)] |i| kept.push((i as u32, row[i] + bias[i])),
-        );
+        let is_kept = |i: usize| row[i] + bias[i] > threshold[i].max(0.0);
+        for block in blocks_with_some(row.len(), is_kept) {
+            // Each entry is written, and stays if it is kept: where many are, no branch could be
+            // foretold.
+            let (mut found, mut n_found) = ([(0u32, 0f32); BLOCK], 0);
+            for i in block {
+                found[n_found % BLOCK] = (i as u32, row[i] + bias[i]);
+                n_found += usize::from(is_kept(i));
+            }
+            kept.extend_from_slice(&found[..n_found]);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 mod adam;
 mod attention;
 mod attention_backward;
+mod crowded;
 mod dense;
 mod encode;
 mod encode_with;
@@ -22,7 +23,8 @@ mod top_k;
 use burn::backend::Flex;
 use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{DType, FloatDType, IntDType, TensorData, bf16};
+use burn::tensor::{DType, FloatDType, IntDType, Slice, TensorData, bf16};
+use rayon::prelude::*;
 
 use crate::ops::{
     AdamConfig, AttentionConfig, KernelOps, Nonlinearity, RotaryPairs, Search, Select,
@@ -72,6 +74,10 @@ impl KernelOps for Flex {
 
     fn sparse_sum(indices: Int, values: Float, m: usize) -> Float {
         sparse::sum(indices, values, m)
+    }
+
+    fn sparse_gather(indices: Int, vector: Float) -> Float {
+        sparse::gather(indices, vector)
     }
 
     fn linear(x: Float, w: Float) -> Float {
@@ -177,6 +183,20 @@ fn packed(tensor: Float) -> Float {
         && tensor.layout().start_offset() == 0
         && tensor.bytes().len() == n_bytes;
     if whole { tensor } else { tensor.to_contiguous() }
+}
+
+/// The rows of a matrix from `start` to `end`.
+fn rows_of(x: &Float, start: usize, end: usize) -> Float {
+    let rows = [Slice::new(start as isize, Some(end as isize), 1), Slice::full()];
+    Flex::float_slice(x.clone(), &rows)
+}
+
+/// `out += a · b`.
+fn add_product(out: &mut [f32], a: Float, b: Float) {
+    const TASK: usize = 1 << 14;
+    let product = packed(Flex::float_matmul(a, b));
+    let product = floats(&product).par_chunks(TASK);
+    out.par_chunks_mut(TASK).zip(product).for_each(|(out, product)| simd::add(out, product));
 }
 
 fn floats(tensor: &Float) -> &[f32] {

@@ -15,7 +15,6 @@ use std::ops::Range;
 
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::Slice;
 use rayon::prelude::*;
 
 use super::encode::{Contender, Ranking, TILE_ROWS};
@@ -25,7 +24,7 @@ use super::quantized::{
 use super::rescore::{Order, dots};
 use super::simd::multiversion;
 use super::top_k::{Candidate, Picked, Room, keep_best};
-use super::{Float, floats, packed};
+use super::{Float, floats, packed, rows_of};
 use crate::ops::dims;
 
 /// From so few columns, and rows of a tile, on the blocked product has other ways of its own.
@@ -65,13 +64,12 @@ pub(super) fn pick(
     if !(pays && fits(d, m)) {
         return x;
     }
-    let part = |range: Slice| Flex::float_slice(x.clone(), &[range, Slice::full()]);
-    let rows = packed(part(Slice::new(0, Some(n_proposed as isize), 1)));
+    let rows = packed(rows_of(&x, 0, n_proposed));
     let latents = packed(Flex::float_transpose(w.clone()));
     let (rows, latents) = (floats(&rows), floats(&latents));
     let Some(proposal) = Proposal::new([rows, latents], d, [bias, by], ranking) else { return x };
     proposal.pick(picked, k);
-    part(Slice::new(n_proposed as isize, None, 1))
+    rows_of(&x, n_proposed, n)
 }
 
 /// Entries by rows among which are the `n_kept` largest of the whole batch that are above zero, with

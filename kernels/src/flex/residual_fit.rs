@@ -3,11 +3,10 @@
 
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::Slice;
 use rayon::prelude::*;
 
-use super::simd::{add_scaled, dot, multiversion};
-use super::{Float, floats, new_floats, packed};
+use super::simd::{add, dot, multiversion};
+use super::{Float, add_product, floats, new_floats, packed, rows_of};
 use crate::ops::{Select, dims};
 
 /// Rows that go through all products together.
@@ -79,9 +78,7 @@ pub(super) fn fit(
             .zip(floats(&z).par_chunks(m))
             .for_each(|(by_p, z)| leave_out(by_p, z));
         floats(&by_p).chunks(m).for_each(|by_p| add(&mut by_bias, by_p));
-        let part = [Slice::new(start as isize, Some(end as isize), 1), Slice::full()];
-        let x = Flex::float_slice(x.clone(), &part);
-        add_product(&mut by_w, Flex::float_transpose(by_p), x);
+        add_product(&mut by_w, Flex::float_transpose(by_p), rows_of(&x, start, end));
     }
     (
         new_floats(squares, [n]),
@@ -102,14 +99,6 @@ fn kept(products: &[f32], bias: &[f32], by: &[f32], rule: Rule) -> Vec<f32> {
         },
     );
     out
-}
-
-/// `out += a · b`.
-fn add_product(out: &mut [f32], a: Float, b: Float) {
-    const TASK: usize = 1 << 14;
-    let product = packed(Flex::float_matmul(a, b));
-    let product = floats(&product).par_chunks(TASK);
-    out.par_chunks_mut(TASK).zip(product).for_each(|(out, product)| add(out, product));
 }
 
 /// Integers in the order of the floats, `−0` as zero and NaN last.
@@ -184,14 +173,8 @@ multiversion! {
 multiversion! {
     /// Adds a row to another one; gives the square of its norm.
     fn add_row(out: &mut [f32], x: &[f32]) -> f32 {
-        add_scaled(out, 1.0, x);
+        add(out, x);
         dot(out, out)
-    }
-}
-
-multiversion! {
-    fn add(out: &mut [f32], x: &[f32]) {
-        add_scaled(out, 1.0, x);
     }
 }
 

@@ -45,6 +45,13 @@ pub(super) fn add_scaled(out: &mut [f32], a: f32, x: &[f32]) {
     }
 }
 
+multiversion! {
+    /// `out += x`.
+    pub(super) fn add(out: &mut [f32], x: &[f32]) {
+        add_scaled(out, 1.0, x);
+    }
+}
+
 /// `out += Σ a[i] · x[i]`: four at a time need a quarter of the loads and stores of `out`.
 #[inline(always)]
 pub(super) fn add_scaled_4(out: &mut [f32], a: [f32; 4], x: [&[f32]; 4]) {

@@ -2,14 +2,24 @@
 
 use rayon::prelude::*;
 
+use super::crowded::{self, Entries};
 use super::simd::{add_scaled, add_scaled_4, dot, multiversion};
 use super::{Float, Int, floats, ints, new_floats, packed, packed_ints, widened};
 use crate::ops::dims;
 
+/// Entries that a task takes, where their rows do not matter.
+const TASK: usize = 1 << 14;
+/// The same where each task has a sum of its own, unless the sums are long.
+const SUM_TASK: usize = 1 << 19;
+
 pub(super) fn decode(indices: Int, values: Float, rows: Float) -> Float {
     let ([n, k], [m, d]) = (dims(&values), dims(&rows));
     let (indices, values, rows) = (packed_ints(indices), packed(values), packed(widened(rows)));
-    let (indices, values, rows) = (checked(&indices, m), floats(&values), floats(&rows));
+    let entries = Entries { indices: checked(&indices, m), values: floats(&values), k, m };
+    if entries.are_crowded_beside(floats(&rows)) {
+        return crowded::decode(&entries, rows);
+    }
+    let (Entries { indices, values, .. }, rows) = (entries, floats(&rows));
     let mut out = vec![0f32; n * d];
     out.par_chunks_mut(d)
         .zip(indices.par_chunks(k).zip(values.par_chunks(k)))
@@ -20,7 +30,11 @@ pub(super) fn decode(indices: Int, values: Float, rows: Float) -> Float {
 pub(super) fn dot_at(indices: Int, rows: Float, x: Float) -> Float {
     let ([n, d], [m, _], [_, k]) = (dims(&x), dims::<2>(&rows), dims::<2>(&indices));
     let (indices, rows, x) = (packed_ints(indices), packed(widened(rows)), packed(x));
-    let (indices, rows, x) = (checked(&indices, m), floats(&rows), floats(&x));
+    let indices = checked(&indices, m);
+    if crowded::name_a_crowd(indices, k, m) {
+        return crowded::dot_at(indices, rows, x);
+    }
+    let (rows, x) = (floats(&rows), floats(&x));
     let mut out = vec![0f32; n * k];
     out.par_chunks_mut(k)
         .zip(indices.par_chunks(k).zip(x.par_chunks(d)))
@@ -33,7 +47,11 @@ pub(super) fn dot_at(indices: Int, rows: Float, x: Float) -> Float {
 pub(super) fn grad_rows(indices: Int, values: Float, grad: Float, m: usize) -> Float {
     let ([_, d], [_, k]) = (dims::<2>(&grad), dims::<2>(&values));
     let (indices, values, grad) = (packed_ints(indices), packed(values), packed(grad));
-    let (indices, values, grad) = (checked(&indices, m), floats(&values), floats(&grad));
+    let entries = Entries { indices: checked(&indices, m), values: floats(&values), k, m };
+    if entries.are_crowded_beside(floats(&grad)) {
+        return crowded::grad_rows(&entries, &grad);
+    }
+    let (Entries { indices, values, .. }, grad) = (entries, floats(&grad));
     let (starts, entries) = by_index(indices, values, k, m);
     let mut out = vec![0f32; m * d];
     out.par_chunks_mut(d).enumerate().for_each(|(index, out)| {
@@ -42,19 +60,43 @@ pub(super) fn grad_rows(indices: Int, values: Float, grad: Float, m: usize) -> F
     new_floats(out, [m, d])
 }
 
+/// The sums of some entries after the other, so that they are the same on any number of threads.
 pub(super) fn sum(indices: Int, values: Float, m: usize) -> Float {
     let (indices, values) = (packed_ints(indices), packed(values));
+    let part = SUM_TASK.max(16 * m);
+    let parts = checked(&indices, m).par_chunks(part).zip(floats(&values).par_chunks(part));
+    let sums = parts.map(|(indices, values)| {
+        let mut sum = vec![0f32; m];
+        for (&index, &value) in indices.iter().zip(values) {
+            sum[index as usize] += value;
+        }
+        sum
+    });
     let mut out = vec![0f32; m];
-    for (&index, &value) in checked(&indices, m).iter().zip(floats(&values)) {
-        out[index as usize] += value;
+    for sum in sums.collect::<Vec<_>>() {
+        out.iter_mut().zip(sum).for_each(|(out, sum)| *out += sum);
     }
     new_floats(out, [m])
+}
+
+pub(super) fn gather(indices: Int, vector: Float) -> Float {
+    let ([n, k], [m]) = (dims::<2>(&indices), dims(&vector));
+    let (indices, vector) = (packed_ints(indices), packed(vector));
+    let (indices, vector) = (checked(&indices, m), floats(&vector));
+    let mut out = vec![0f32; n * k];
+    out.par_chunks_mut(TASK).zip(indices.par_chunks(TASK)).for_each(|(out, indices)| {
+        for (out, &index) in out.iter_mut().zip(indices) {
+            *out = vector[index as usize];
+        }
+    });
+    new_floats(out, [n, k])
 }
 
 /// Indices from outside must not reach past the table.
 fn checked(indices: &Int, m: usize) -> &[i32] {
     let indices = ints(indices);
-    if let Some(bad) = indices.iter().find(|&&i| i < 0 || i as usize >= m) {
+    if indices.par_chunks(TASK).any(|indices| largest(indices) as usize >= m) {
+        let bad = indices.iter().find(|&&i| i < 0 || i as usize >= m).expect("the largest");
         panic!("sparse index {bad} is out of range for {m} rows");
     }
     indices
@@ -79,6 +121,13 @@ fn by_index(indices: &[i32], values: &[f32], k: usize, m: usize) -> (Vec<usize>,
         *slot += 1;
     }
     (starts, entries)
+}
+
+multiversion! {
+    /// What is below zero counts as larger than any other.
+    fn largest(indices: &[i32]) -> u32 {
+        indices.iter().fold(0, |largest, &index| largest.max(index as u32))
+    }
 }
 
 multiversion! {

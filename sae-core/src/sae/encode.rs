@@ -2,9 +2,9 @@
 
 use burn::tensor::activation::relu;
 use burn::tensor::{Int, Tensor};
-use kernels::{Select, sparse_encode};
+use kernels::{Select, sparse_encode, sparse_gather};
 
-use super::{Magnitude, Sae, at, pursuit};
+use super::{Magnitude, Sae, pursuit};
 use crate::activation::Activation;
 use crate::latents::SparseLatents;
 
@@ -55,7 +55,7 @@ impl Sae {
         match self.scale() {
             Some(scale) => {
                 let (values, indices) = self.select(x, scale.clone(), select);
-                (values * at(scale, &indices), indices)
+                (values * sparse_gather(indices.clone(), scale), indices)
             }
             None => self.select(x, self.weights.b_enc.ones_like(), select),
         }
@@ -65,8 +65,9 @@ impl Sae {
     fn magnitudes(&self, gates: Tensor<2>, indices: &Tensor<2, Int>) -> Tensor<2> {
         let Magnitude { r_mag, b_mag } = self.weights.magnitude.clone().expect("checked when made");
         let fills_up = gates.clone().lower_equal_elem(0.0);
-        let projected = gates - at(self.weights.b_enc.clone(), indices);
-        let pre = projected * at(r_mag, indices).exp() + at(b_mag, indices);
+        let at = |vector| sparse_gather(indices.clone(), vector);
+        let projected = gates - at(self.weights.b_enc.clone());
+        let pre = projected * at(r_mag).exp() + at(b_mag);
         relu(pre).mask_fill(fills_up, 0.0)
     }
 }

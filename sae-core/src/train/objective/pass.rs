@@ -3,7 +3,7 @@
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::{
     Search, Select, fit_residual, sparse_decode, sparse_dot, sparse_encode, sparse_encode_by,
-    sparse_encode_with, sparse_grad_rows, sparse_sum,
+    sparse_encode_with, sparse_gather, sparse_grad_rows, sparse_sum,
 };
 
 use super::aux_k::latents as latents_tensor;
@@ -28,8 +28,7 @@ impl Entries {
 
     /// `vector[index]` for every entry.
     pub(super) fn gather(&self, vector: Tensor<1>) -> Tensor<2> {
-        let [n, k] = self.indices.dims();
-        vector.select(0, self.indices.clone().reshape([n * k])).reshape([n, k])
+        sparse_gather(self.indices.clone(), vector)
     }
 
     /// The first `k` of every row.
